@@ -1,0 +1,94 @@
+"""The patch: a causal language model that derives attention mask and position ids from its token ids alone.
+
+One hook on the decoder replaces the two arguments before every forward pass; transformers carries them to its own
+attention functions, so every implementation it has (sdpa, flex_attention, eager) and every architecture that takes a
+ready 4D mask works unchanged. Knows models; which keys are visible is a `visibility.Rule`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kv_compression.visibility import KVCompression, MaskMod, Rule, block_mask, dense_mask
+
+
+class Patch:
+    """A rule at work in a model. `rule` may be exchanged at any time; `remove()` leaves the model as it was."""
+
+    def __init__(self, decoder: nn.Module, rule: Rule):
+        self.decoder = decoder
+        self.rule = rule
+        self._hook = decoder.register_forward_pre_hook(self._derive, with_kwargs=True)
+        decoder._sentinel_patch = self
+
+    def remove(self) -> None:
+        """Take the patch off. Doing so twice is harmless."""
+        self._hook.remove()
+        if getattr(self.decoder, "_sentinel_patch", None) is self:
+            del self.decoder._sentinel_patch
+
+    def _derive(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Replace the attention mask and the position ids of a forward call."""
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("a patched model needs input_ids: masks cannot be derived from inputs_embeds")
+        if len(args) > 1:
+            raise ValueError("call a patched decoder with keyword arguments")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("the cache given holds tokens whose visibility is not known to the patched model")
+        padding = kwargs.get("attention_mask")
+        if padding is not None and padding.dim() != 2:
+            raise ValueError("a patched model makes its own masks: attention_mask may only be (batch, length) padding")
+
+        rule = self.rule.visible(input_ids, padding)
+        kwargs["attention_mask"] = mask_for(decoder, rule, input_ids)
+        kwargs["position_ids"] = self.rule.position_ids(input_ids, padding)
+        return args, kwargs
+
+
+def mask_for(decoder: nn.Module, rule: MaskMod, input_ids: Tensor):
+    """The rule in the form that the decoder's attention implementation takes.
+
+    flex_attention: a `BlockMask`; sdpa: bool `(batch, 1, length, length)`; eager (and any other): the same shape in the
+    model's dtype, 0 where visible and the lowest finite number elsewhere.
+    """
+    implementation = decoder.config._attn_implementation
+    if implementation == "flex_attention":
+        return block_mask(rule, *input_ids.shape, input_ids.device)
+    mask = dense_mask(rule, *input_ids.shape, input_ids.device)[:, None]
+    if implementation == "sdpa":
+        return mask
+    dtype = next(decoder.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def patch(model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None) -> Patch:
+    """Make `model(input_ids)` attend by a rule until the returned patch is removed.
+
+    `model` is a transformers causal language model or a peft model around one, of any architecture that accepts a
+    ready 4D attention mask (GPT-NeoX, Llama, OPT, GPT-J, …). With `cl_id` and `cr_id` the rule is KV compression
+    between these sentinels; `rule` names any other. A 2D `attention_mask` given to the model marks padding. Raises
+    ValueError if the model is patched already. (Paper, section 3, for the rule; this project for the patch.)
+    """
+    if (cl_id is None or cr_id is None) == (rule is None):
+        raise ValueError("patch needs either cl_id and cr_id, or rule=…")
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = causal_lm.get_decoder()
+    if hasattr(decoder, "_sentinel_patch"):
+        raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
+    return Patch(decoder, rule or KVCompression(cl_id, cr_id))
+
+
+@contextmanager
+def compressed_attention(
+    model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None
+) -> Iterator[Patch]:
+    """`patch` for the length of a with-block; afterwards the model is as it was."""
+    patched = patch(model, cl_id, cr_id, rule=rule)
+    try:
+        yield patched
+    finally:
+        patched.remove()

@@ -1,0 +1,37 @@
+"""The two ways in which a run ends because of what the user gave it, and how a script reports them."""
+
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """The request itself is wrong: exit status 2."""
+
+
+class RunError(RuntimeError):
+    """The request is fine but cannot be carried out: exit status 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that an exception has to say, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Run a script's `main`; returns the exit status and prints user errors as one line instead of a traceback."""
+    try:
+        main()
+    except UsageError as error:
+        status = 2
+        message = str(error)
+    except RunError as error:
+        status = 1
+        message = str(error)
+    except KeyboardInterrupt:
+        status = 130
+        message = "interrupted"
+    else:
+        return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

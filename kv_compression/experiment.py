@@ -1,0 +1,241 @@
+"""One run of claim 1, from settings to results.json: load, attach, evaluate, fine-tune, evaluate, save."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import accelerate
+import tensorboardX
+import torch
+import transformers
+from torch import nn
+
+from kv_compression import presets
+from kv_compression.attention import compressed_attention
+from kv_compression.data import SPLITS, Blocks, SpanPlan, cut_blocks, load_file, load_hub_split, tokenize
+from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.perplexity import evaluate
+from kv_compression.presets import EMBEDDED, Settings
+from kv_compression.results import RESULTS, read_results, write_json
+from kv_compression.sentinels import add_sentinels
+from kv_compression.training import add_lora, lora_targets, train
+from kv_compression.visibility import METHODS, Rule
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def finished(settings: Settings, overwrite: bool) -> dict | None:
+    """Results of the very same settings in the output folder, if there are any.
+
+    Raises UsageError if the folder holds a run of other settings, or anything that is not a run, unless `overwrite`.
+    """
+    folder = Path(settings.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder} is a file")
+    if overwrite:
+        return None
+    results = read_results(folder)
+    if results is not None:
+        if results.get("settings") == settings.identity():
+            return results
+        differing = _differences(results.get("settings"), settings.identity())
+        raise UsageError(
+            f"{folder} holds results of other settings ({differing}): choose another --output_dir, or replace them with "
+            "--overwrite"
+        )
+    if folder.is_dir() and any(name.name not in _OWN_FILES for name in folder.iterdir()):
+        raise UsageError(f"{folder} holds other files: choose another --output_dir, or replace them with --overwrite")
+    return None
+
+
+_OWN_FILES = {"train.log", "tensorboard"}
+
+
+def _differences(old, new: dict) -> str:
+    old = old if isinstance(old, dict) else {}
+    changed = [f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name]]
+    return "; ".join(changed[:3]) or "of an older version"
+
+
+def run(settings: Settings) -> dict:
+    """Carry out a run and return what its results.json holds. Replaces what the output folder held."""
+    start = time.perf_counter()
+    transformers.set_seed(settings.seed)
+    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
+    folder = Path(settings.output_dir)
+    if accelerator.is_main_process:
+        _clear(folder)
+        _log_to(folder / "train.log")
+    accelerator.wait_for_everyone()
+    log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
+
+    tokenizer, model, revision = load_model(settings)
+    check_length(model, settings.block_size)
+    rule, splits = prepare(settings, tokenizer, model, accelerator)
+    targets = lora_targets(model, settings.lora_target_modules)
+    sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
+    model = add_lora(model, targets, settings.r, sentinel_ids).to(accelerator.device)
+
+    def score(split: str, note: str) -> dict:
+        blocks = splits[split]
+        size = settings.per_device_eval_batch_size
+        score = evaluate(model, blocks, rule, accelerator, batch_size=size, protocol=settings.protocol, note=note)
+        log.info("%s: %s", note, score)
+        return asdict(score)
+
+    writer = tensorboardX.SummaryWriter(str(folder / "tensorboard")) if accelerator.is_main_process else None
+    try:
+        with compressed_attention(model, rule=rule) as patch:
+            untrained = score("test", "test split, untrained")
+            report = None
+            if not settings.eval_only:
+                report = train(model, splits["train"], patch, accelerator, settings, writer)
+            scores = {
+                split: untrained if split == "test" and report is None else score(split, f"{split} split")
+                for split in ("test", "validation")
+                if split in splits
+            }
+        if writer is not None:
+            for split, result in scores.items():
+                writer.add_scalar(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
+    finally:
+        if writer is not None:
+            writer.close()
+
+    results = {
+        "method": settings.method,
+        "bound_ratio": settings.bound_ratio,
+        "protocol": settings.protocol,
+        "preset": settings.preset,
+        "preset_reason": settings.preset_reason,
+        "seed": settings.seed,
+        "eval_only": settings.eval_only,
+        **{name: value for name, value in scores["test"].items() if name != "seconds"},
+        "validation": scores.get("validation"),
+        "untrained": untrained,
+        "training": asdict(report) if report else None,
+        "tokens_per_second": report.tokens_per_second if report else None,
+        "wall_seconds": time.perf_counter() - start,
+        "settings": settings.identity(),
+        "lora_target_modules": targets,
+        "model": settings.model_name_or_path,
+        "model_revision": revision,
+        "sentinels": {"cl_id": rule.cl_id, "cr_id": rule.cr_id} if rule.uses_sentinels else None,
+        "blocks_sha256": {split: blocks.fingerprint() for split, blocks in splits.items()},
+        "num_processes": accelerator.num_processes,
+        "device": device_name(accelerator.device),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+    }
+    if accelerator.is_main_process:
+        try:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise RunError(f"cannot save the adapter in {folder}: {error}") from error
+        write_json(folder / RESULTS, results)
+    accelerator.end_training()
+    return results
+
+
+def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
+    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision."""
+    name = settings.model_name_or_path
+    local = presets.embedded_model() if name == EMBEDDED else name
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    if os.path.isdir(local):
+        reason = f"the model folder {local} cannot be loaded"
+        advice = "it needs config.json, safetensors weights and a tokenizer"
+    else:
+        reason = f"the model {name} could not be reached on the Hugging Face hub"
+        advice = "use --preset embedded, which needs no network, or a local folder with --model_name_or_path"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            local, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=False
+        )
+    except Exception as error:  # loaders raise whatever their parsers do
+        raise RunError(f"{reason} ({one_line(error)}): {advice}") from error
+    if settings.attn_implementation == "flex_attention" and not torch.cuda.is_available() and not settings.eval_only:
+        raise UsageError("flex_attention cannot train on a CPU: use --attn_implementation sdpa")
+    if name == EMBEDDED:
+        return tokenizer, model, presets.embedded_revision()
+    return tokenizer, model, getattr(model.config, "_commit_hash", None)
+
+
+def check_length(model: nn.Module, block_size: int) -> None:
+    """Raise UsageError if the model has fewer positions than a block has tokens."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
+
+
+def prepare(settings: Settings, tokenizer, model, accelerator) -> tuple[Rule, dict[str, Blocks]]:
+    """The method's rule, with its sentinels in tokenizer and model, and the blocks of every split there is."""
+    method = METHODS[settings.method]
+    wanted = [split for split in SPLITS if split != "train" or not settings.eval_only]
+    rows = {split: found for split in wanted if (found := load_rows(settings, split)) is not None}
+    for split in set(wanted) - {"validation"}:
+        if split not in rows:
+            source = settings.dataset_name or "the local files"
+            raise UsageError(f"{source}: there is no {split} split; name one with --{split}_file")
+    plan = SpanPlan(method.uses_sentinels, settings.bound_ratio, settings.max_span_length, settings.seed)
+    in_text = plan if settings.protocol == "paper" else None
+    on_blocks = plan if settings.protocol == "matched" else None
+
+    cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
+    splits = {}
+    for split, texts in rows.items():
+        with accelerator.main_process_first():
+            stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers)
+        tokens = cut_blocks(stream, settings.block_size, split)
+        if split != "train":
+            tokens = tokens[: settings.max_eval_blocks]
+        splits[split] = Blocks(tokens, split, on_blocks, cl_id, cr_id)
+    return method(cl_id, cr_id, settings.bound_ratio, settings.seed), splits
+
+
+def load_rows(settings: Settings, split: str):
+    """The rows of one split from where the settings say, None if it is not there."""
+    if settings.dataset_name is None:
+        path = getattr(settings, f"{split}_file")
+        return load_file(path, split) if path else None
+    if settings.dataset_name == EMBEDDED:
+        return presets.embedded_text().get(split)
+    return load_hub_split(settings.dataset_name, settings.dataset_config_name, split)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, with the number of threads or the GPU's name."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _clear(folder: Path) -> None:
+    """Make `folder` and empty it. RunError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package = logging.getLogger("kv_compression")
+    for old in package.handlers[:]:
+        package.removeHandler(old)
+        old.close()
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)

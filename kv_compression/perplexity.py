@@ -1,0 +1,97 @@
+"""How well a model predicts the blocks of a split, and what its mask kept of them."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from kv_compression.data import Blocks
+from kv_compression.sentinels import IGNORED
+from kv_compression.visibility import MaskCost, Rule, measure
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's score on one split. `nll` is in nats per token and perplexity = exp(nll).
+
+    In the protocol `matched` every target token weighs the same. In `paper` `nll` is the mean over batches of the
+    batch's mean, as in the published code; `nll_per_token` is the token-weighted mean in both.
+    """
+
+    perplexity: float
+    nll: float
+    nll_per_token: float
+    num_targets: int
+    num_blocks: int
+    removed_fraction: float
+    attended_fraction: float
+    seconds: float
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of every target in nats, float `(batch, length)`; 0 where there is none."""
+    flat = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(labels.shape)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where a float cannot hold it."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+def batches(num_blocks: int, batch_size: int) -> Iterator[range]:
+    """Block indices, in order, in batches; the last may be smaller."""
+    for start in range(0, num_blocks, batch_size):
+        yield range(start, min(start + batch_size, num_blocks))
+
+
+@torch.no_grad()
+def evaluate(model, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int, protocol: str, note="") -> Evaluation:
+    """Score a patched `model` on `blocks`; processes share the batches, and each token counts once.
+
+    `rule` is the one that the model attends by; what it keeps is counted on the very blocks that are scored.
+    """
+    model.eval()
+    start = time.perf_counter()
+    nll = batch_nll = 0.0
+    targets = num_batches = 0
+    cost = MaskCost()
+    mine = list(batches(len(blocks), batch_size))[accelerator.process_index :: accelerator.num_processes]
+    for indices in tqdm(mine, desc=f"evaluating {note}", disable=not accelerator.is_local_main_process, leave=False):
+        batch = blocks.batch(indices)
+        cost += measure(rule, batch["input_ids"], batch["attention_mask"])
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        with accelerator.autocast():
+            logits = model(**batch, use_cache=False).logits
+        losses = token_loss(logits, labels).double().sum().item()
+        count = int((labels != IGNORED).sum())
+        nll, targets = nll + losses, targets + count
+        batch_nll, num_batches = batch_nll + losses / count, num_batches + 1
+    counts = [nll, targets, batch_nll, num_batches, *cost]
+    totals = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
+    nll, targets, batch_nll, num_batches, *cost = accelerator.reduce(totals).tolist()
+    cost = MaskCost(*cost)
+    per_token = nll / targets
+    mean = batch_nll / num_batches if protocol == "paper" else per_token
+    return Evaluation(
+        perplexity=perplexity(mean),
+        nll=mean,
+        nll_per_token=per_token,
+        num_targets=int(targets),
+        num_blocks=len(blocks),
+        removed_fraction=cost.removed_fraction,
+        attended_fraction=cost.attended_fraction,
+        seconds=time.perf_counter() - start,
+    )

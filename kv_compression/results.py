@@ -1,0 +1,112 @@
+"""Result files: written whole or not at all, read with care, shown as lines and tables."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from kv_compression.errors import RunError, run_script
+
+RESULTS = "results.json"
+REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity", "removed_fraction")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as JSON beside `path` and rename it there, so that no reader sees half a file.
+
+    Numbers that JSON does not know (infinite, not a number) become null. Raises RunError if the disk refuses.
+    """
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+            partial = file.name
+            json.dump(_finite(content), file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        if partial and os.path.exists(partial):
+            os.unlink(partial)
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_results(folder: Path) -> dict | None:
+    """The results of a finished run in `folder`, None if there are none; RunError if the file is not such results."""
+    path = Path(folder) / RESULTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or any(key not in content for key in REQUIRED):
+        raise RunError(f"{path} does not hold the results of a run of run_clm.py")
+    return content
+
+
+def summary(results: dict) -> str:
+    """One line on a run: what was measured, then how."""
+    before = results.get("untrained", {}).get("perplexity")
+    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {_figure(before)}"
+    return (
+        f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {_figure(results['perplexity'])} "
+        f"({trained}), {results.get('num_targets')} tokens, removed {_figure(results['removed_fraction'], 3)}, "
+        f"attended {_figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
+        f"protocol {results['protocol']}, seed {results['seed']}, {_figure(results.get('wall_seconds'), 0)} s"
+    )
+
+
+COLUMNS = ("method", "ratio", "removed", "attended", "perplexity", "untrained", "seconds")
+
+
+def table(runs: list[dict]) -> str:
+    """Runs as a plain-text table, a line each."""
+    rows = [COLUMNS] + [
+        (
+            run["method"],
+            str(run["bound_ratio"]),
+            _figure(run["removed_fraction"], 3),
+            _figure(run.get("attended_fraction"), 3),
+            _figure(run["perplexity"]),
+            _figure(run.get("untrained", {}).get("perplexity")),
+            _figure(run.get("wall_seconds"), 0),
+        )
+        for run in runs
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    )
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+def main() -> None:
+    """Print the table of the runs whose folders are named on the command line."""
+    runs = [read_results(Path(folder)) for folder in sys.argv[1:]]
+    missing = [folder for folder, run in zip(sys.argv[1:], runs) if run is None]
+    if missing:
+        raise RunError(f"no results in {', '.join(missing)}")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

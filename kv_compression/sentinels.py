@@ -1,0 +1,135 @@
+"""The sentinel tokens <CL> and <CR>: in token sequences, in a tokenizer and in a model's embeddings.
+
+Knows which token is a sentinel, where a span lies in a token sequence, which position id and which target every
+token gets. Knows nothing about who may see whom: that is `visibility`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CL_TOKEN = "<CL>"
+CR_TOKEN = "<CR>"
+IGNORED = -100  # the target that torch's cross entropy skips
+
+
+def is_text(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
+    """True where a token is neither <CL> nor <CR>; same shape as `input_ids`."""
+    return (input_ids != cl_id) & (input_ids != cr_id)
+
+
+def count_text(text: Tensor) -> Tensor:
+    """Position ids from a bool `(batch, length)` mask of text tokens: they count 0, 1, 2 …, all else repeats."""
+    return (text.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def position_ids(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
+    """Position ids, long `(batch, length)`: text tokens count without gaps, a sentinel adds none.
+
+    A sentinel has the position id of the token before it, 0 at the start of the block. (Paper, section 3.)
+    """
+    return count_text(is_text(input_ids, cl_id, cr_id))
+
+
+def next_text_token(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
+    """Targets, long `(batch, length)`, aligned with the logits (not shifted).
+
+    A text token's target is the next text token, whatever sentinels lie between; sentinels and a block's last text
+    token have none (-100). (Paper, section 3.)
+    """
+    length = input_ids.shape[-1]
+    text = is_text(input_ids, cl_id, cr_id)
+    index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    at_or_after = torch.where(text, index, length).flip(-1).cummin(-1).values.flip(-1)
+    after = torch.cat([at_or_after[..., 1:], torch.full_like(at_or_after[..., :1], length)], dim=-1)
+    targets = input_ids.gather(-1, after.clamp(max=length - 1))
+    return targets.masked_fill(~text | (after == length), IGNORED)
+
+
+def span_bounds(input_ids: Tensor, cl_id: int, cr_id: int) -> tuple[Tensor, Tensor]:
+    """Where the span that each token belongs to begins and ends: two long tensors `(batch, length)`.
+
+    For every token of a span, its <CL> and its <CR> too, `first` is the index of the <CL> (0 where the block begins
+    inside the span) and `last` the index of the <CR>. Both are -1 for a token that is in no span: text between spans
+    and text behind a <CL> that is never closed. A <CL> that is not followed by a <CR> before the next <CL> opens
+    nothing; a <CR> straight behind another <CR>'s text closes nothing and is a span of its own.
+    """
+    length = input_ids.shape[-1]
+    index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    opens, closes = input_ids == cl_id, input_ids == cr_id
+    sentinel = opens | closes
+    at_or_before = torch.where(sentinel, index, -1).cummax(-1).values
+    before = torch.cat([torch.full_like(index[..., :1], -1), at_or_before[..., :-1]], dim=-1)
+    at_or_after = torch.where(sentinel, index, length).flip(-1).cummin(-1).values.flip(-1)
+    after = torch.cat([at_or_after[..., 1:], torch.full_like(index[..., :1], length)], dim=-1)
+
+    # A <CL> is its own opening sentinel, a <CR> its own closing one.
+    opening = torch.where(opens, index, before)
+    closing = torch.where(closes, index, after)
+    opened = (opening < 0) | opens.gather(-1, opening.clamp(min=0))
+    closed = (closing < length) & closes.gather(-1, closing.clamp(max=length - 1))
+    inside = opened & closed
+    stray = closes & ~opened
+    first = torch.where(inside, opening.clamp(min=0), torch.where(stray, index, -1))
+    last = torch.where(inside, closing, torch.where(stray, index, -1))
+    return first, last
+
+
+def removed_entries(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
+    """Cache entries that compression saves by the end of each block, long `(batch,)`: Σ(length − 1) over its spans.
+
+    The tokens of a span leave and its <CR> stays. A span without a token costs the entry of its <CR>. (This project.)
+    """
+    _, last = span_bounds(input_ids, cl_id, cr_id)
+    span_text = (last >= 0) & is_text(input_ids, cl_id, cr_id)
+    return span_text.sum(-1) - (input_ids == cr_id).sum(-1)
+
+
+def insert_sentinels(tokens: Sequence, spans: Sequence[tuple[int, int]], cl, cr) -> list:
+    """A copy of `tokens` (token ids or words) with `cl` before and `cr` behind every inclusive `(first, last)` span.
+
+    `spans` must be sorted and must not overlap.
+    """
+    out, done = [], 0
+    for first, last in spans:
+        out.extend(tokens[done:first])
+        out.append(cl)
+        out.extend(tokens[first : last + 1])
+        out.append(cr)
+        done = last + 1
+    out.extend(tokens[done:])
+    return out
+
+
+def add_sentinels(tokenizer, model=None) -> tuple[int, int]:
+    """Make <CL> and <CR> known to a tokenizer and a model; returns `(cl_id, cr_id)`.
+
+    Tokens that the tokenizer has already are left alone. The embedding matrix grows only when it has no row for them
+    (many models carry spare rows). New tokens start as the mean of the rows in use, in the input embedding and, where
+    it is a matrix of its own, in the output embedding. Nothing here makes them trainable: see
+    `training.lora_config`. (Paper, section 4.1, for the new tokens; this project for their initial value.)
+    """
+    in_use = len(tokenizer)
+    new = [token for token in (CL_TOKEN, CR_TOKEN) if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    cl_id, cr_id = tokenizer.convert_tokens_to_ids([CL_TOKEN, CR_TOKEN])
+    if model is not None:
+        if max(cl_id, cr_id) >= model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(max(cl_id, cr_id) + 1, mean_resizing=False)
+        new_ids = tokenizer.convert_tokens_to_ids(new)
+        _start_at_mean(model.get_input_embeddings(), in_use, new_ids)
+        if model.get_output_embeddings() is not None:
+            _start_at_mean(model.get_output_embeddings(), in_use, new_ids)
+    return cl_id, cr_id
+
+
+@torch.no_grad()
+def _start_at_mean(embedding, in_use: int, new_ids: list[int]) -> None:
+    """Set the rows `new_ids` to the mean of the first `in_use` rows. Repeating it on tied weights changes nothing."""
+    if new_ids:
+        weight = embedding.weight
+        weight[new_ids] = weight[:in_use].mean(0, dtype=torch.float32).to(weight.dtype)
+        bias = getattr(embedding, "bias", None)
+        if bias is not None:
+            bias[new_ids] = bias[:in_use].mean()

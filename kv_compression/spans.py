@@ -1,0 +1,106 @@
+"""Which spans to compress: samplers that return sorted, disjoint, inclusive `(first, last)` pairs.
+
+Knows numbers only: how long a text is, the ratio asked for, the longest span allowed.
+"""
+
+import random
+
+import numpy as np
+
+from kv_compression.visibility import check_ratio
+
+SHORTEST_PAPER_LINE = 30  # words; the published sampler leaves shorter lines alone
+
+Span = tuple[int, int]
+
+
+def as_generator(rng) -> np.random.Generator:
+    """A numpy generator from one, from a `random.Random` (which advances), or from a seed (an int or several)."""
+    if isinstance(rng, random.Random):
+        return np.random.default_rng(rng.getrandbits(64))
+    return np.random.default_rng(rng)
+
+
+def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list[Span]:
+    """The published sampler, on the words of one line.
+
+    With a = (2 + m)/2 the target is T = int(ratio · a/(a − 1) · n) words. Spans of 2 … m words are drawn at random and
+    kept if they overlap none kept before, until T words are covered or 3·(T // a) draws are made. Rejected draws and the
+    cap keep it far below high ratios: see `exact_spans`. (Paper, section 4.1, and the code published with it.)
+    """
+    check_ratio(ratio)
+    _check_length(max_span_length)
+    starts = num_words - max_span_length
+    if num_words < SHORTEST_PAPER_LINE or starts < 1:
+        return []
+    average = (2 + max_span_length) / 2
+    target = int(ratio * average / (average - 1) * num_words)
+    if target == 0:
+        return []
+    rng = as_generator(rng)
+    draws = max(int(3 * (target // average)), 1)  # the cap is checked after a draw, so there is always one
+    firsts = rng.integers(0, starts, size=draws)
+    lasts = firsts + rng.integers(1, max_span_length, size=draws)
+    kept, covered, taken = [], 0, bytearray(num_words)
+    for first, last in zip(firsts.tolist(), lasts.tolist()):
+        if not any(taken[first : last + 1]):
+            taken[first : last + 1] = b"\1" * (last - first + 1)
+            kept.append((first, last))
+            covered += last - first + 1
+            if covered >= target:
+                break
+    return sorted(kept)
+
+
+def most_removable(num_tokens: int, max_span_length: int) -> int:
+    """How many cache entries spans of at most `max_span_length` can remove from `num_tokens`."""
+    return num_tokens - -(-num_tokens // max_span_length)
+
+
+def exact_spans(num_tokens: int, ratio: float, max_span_length: int, rng) -> list[Span]:
+    """Spans of 2 … max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
+
+    A span of n tokens removes n − 1. Lengths are drawn as in the paper (uniform, as far as the exact sum leaves a
+    choice), gaps uniformly. Raises ValueError, naming the bound, if so many cannot be removed. (This project.)
+    """
+    check_ratio(ratio)
+    _check_length(max_span_length)
+    to_remove = round(ratio * num_tokens)
+    bound = most_removable(num_tokens, max_span_length)
+    if to_remove > bound:
+        raise ValueError(
+            f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
+            f"can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
+        )
+    if to_remove == 0:
+        return []
+    rng = as_generator(rng)
+    longest = max_span_length - 1  # what one span can remove
+
+    # As many spans as uniform lengths would take, within what leaves room for them all.
+    needed = -(-to_remove // longest)
+    drawn = rng.integers(1, longest + 1, size=to_remove).cumsum()
+    num_spans = int(np.searchsorted(drawn, to_remove)) + 1
+    num_spans = min(max(num_spans, needed), num_tokens - to_remove)
+
+    removals, left = [], to_remove
+    for spans_left in range(num_spans - 1, -1, -1):
+        lowest = max(1, left - spans_left * longest)
+        highest = min(longest, left - spans_left)
+        removals.append(int(rng.integers(lowest, highest + 1)))
+        left -= removals[-1]
+    rng.shuffle(removals)  # the bounds above depend on the order of drawing
+
+    # Choosing which of (spans and single tokens, in a row) are the spans makes all gaps equally likely.
+    outside = num_tokens - to_remove - num_spans
+    places = np.sort(rng.choice(outside + num_spans, size=num_spans, replace=False))
+    spans, shift = [], 0
+    for place, removal in zip(places.tolist(), removals):
+        spans.append((place + shift, place + shift + removal))
+        shift += removal
+    return spans
+
+
+def _check_length(max_span_length: int) -> None:
+    if max_span_length < 2:
+        raise ValueError(f"spans have at least 2 tokens, so max_span_length must be at least 2, got {max_span_length}")

@@ -1,0 +1,205 @@
+"""LoRA fine-tuning under a method's mask, on accelerate.
+
+Knows how adapters are attached and how the loop steps. Every step is a pure function of the settings and the step's
+number: the order of blocks, their spans and the draws come from the seed, nothing from what ran before.
+"""
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import peft
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from kv_compression.attention import Patch
+from kv_compression.data import Blocks
+from kv_compression.errors import RunError, UsageError
+from kv_compression.perplexity import token_loss
+from kv_compression.presets import Settings
+from kv_compression.sentinels import IGNORED
+
+log = logging.getLogger(__name__)
+
+SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_PROJECTIONS = {  # by transformers' model_type
+    "gpt_neox": ("query_key_value", "dense"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "stablelm"), SEPARATE_PROJECTIONS),
+}
+
+
+def lora_targets(model: nn.Module, named: tuple[str, ...] | None) -> list[str]:
+    """The modules that LoRA adapts: those `named`, else the attention projections of a known architecture."""
+    linear = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        - {"lm_head", "embed_out"}
+    )
+    if named:
+        missing = [name for name in named if name not in linear]
+        if missing:
+            raise UsageError(
+                f"--lora_target_modules {' '.join(missing)}: no such linear module (this model has: {', '.join(linear)})"
+            )
+        return list(named)
+    architecture = model.config.model_type
+    if architecture not in ATTENTION_PROJECTIONS:
+        raise UsageError(
+            f"unknown architecture {architecture}: name its attention projections with --lora_target_modules "
+            f"(linear modules it has: {', '.join(linear) or 'none'})"
+        )
+    return list(ATTENTION_PROJECTIONS[architecture])
+
+
+def add_lora(model: nn.Module, targets: list[str], r: int, sentinel_ids: tuple[int, ...] = ()) -> peft.PeftModel:
+    """The model with LoRA on `targets` (rank r, alpha 32, dropout 0.05, no bias), everything trainable in fp32.
+
+    With `sentinel_ids` these rows of the embedding are trained too, and no other row. (Paper, section 4.1.)
+    """
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        bias="none",
+        target_modules=targets,
+        trainable_token_indices=list(sentinel_ids) or None,
+    )
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+@dataclass
+class TrainingReport:
+    """What the loop did: `loss` is the mean over the last tenth of the steps, in nats per token."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Text tokens trained on per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Schedule:
+    """Which blocks every optimizer step reads: epochs of shuffled blocks, in micro-batches, as the paper trains."""
+
+    def __init__(self, settings: Settings, num_blocks: int, num_processes: int):
+        self.settings = settings
+        self.num_blocks = num_blocks
+        self.per_micro_batch = settings.per_device_train_batch_size * num_processes
+        self.micro_batches = math.ceil(num_blocks / self.per_micro_batch)
+        self.steps_per_epoch = math.ceil(self.micro_batches / settings.gradient_accumulation_steps)
+        self.num_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def micro_batches_of(self, step: int, process: int) -> list[list[int]]:
+        """The block indices that `process` reads in a step, a list for every micro-batch."""
+        order = self._order(self.epoch_of(step))
+        size, accumulation = self.settings.per_device_train_batch_size, self.settings.gradient_accumulation_steps
+        first = step % self.steps_per_epoch * accumulation
+        micro = []
+        for number in range(first, min(first + accumulation, self.micro_batches)):
+            everyone = order[number * self.per_micro_batch : (number + 1) * self.per_micro_batch]
+            micro.append(everyone[process * size : (process + 1) * size] or everyone[-1:])
+        return micro
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        return torch.randperm(self.num_blocks, generator=generator).tolist()
+
+
+class StepData(torch.utils.data.Dataset):
+    """Item i holds the micro-batches of step i: a map-style view for torch's DataLoader."""
+
+    def __init__(self, blocks: Blocks, schedule: Schedule, process: int, fixed_spans: bool):
+        self.blocks, self.schedule, self.process, self.fixed_spans = blocks, schedule, process, fixed_spans
+
+    def __len__(self) -> int:
+        return self.schedule.num_steps
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        self.blocks.epoch = 0 if self.fixed_spans else self.schedule.epoch_of(step)
+        return [self.blocks.batch(indices) for indices in self.schedule.micro_batches_of(step, self.process)]
+
+
+def train(model: nn.Module, blocks: Blocks, patch: Patch, accelerator, settings: Settings, writer) -> TrainingReport:
+    """Fine-tune the adapters of a patched `model`; AdamW without weight decay, settings' schedule and batches.
+
+    `writer` is a tensorboardX SummaryWriter or None. Raises RunError at the first loss that is not finite, naming the
+    step and its blocks. (Paper, section 4.1.)
+    """
+    schedule = Schedule(settings, len(blocks), accelerator.num_processes)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = transformers.get_scheduler(
+        settings.lr_scheduler_type,
+        optimizer.optimizer,
+        num_warmup_steps=settings.num_warmup_steps,
+        num_training_steps=schedule.num_steps,
+    )
+    rule = patch.rule
+    steps = DataLoader(
+        StepData(blocks, schedule, accelerator.process_index, settings.fixed_spans), batch_size=None, shuffle=False
+    )
+    model.train()
+    start = time.perf_counter()
+    tokens, losses = 0, []
+    try:
+        with tqdm(total=schedule.num_steps, desc="training", disable=not accelerator.is_local_main_process) as bar:
+            for step, micro_batches in enumerate(steps):
+                patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
+                loss = _step(model, micro_batches, accelerator, optimizer, scheduler)
+                if not math.isfinite(loss):
+                    where = schedule.micro_batches_of(step, accelerator.process_index)
+                    raise RunError(f"the loss is {loss} at step {step + 1}, blocks {where}: lower --learning_rate")
+                tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
+                losses.append(loss)
+                speed = tokens * accelerator.num_processes / (time.perf_counter() - start)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
+                log.info("step %d/%d loss %.4f tokens/s %.0f", step + 1, schedule.num_steps, loss, speed)
+                if writer is not None:
+                    writer.add_scalar("train/loss", loss, step + 1)
+                    writer.add_scalar("train/learning_rate", scheduler.get_last_lr()[0], step + 1)
+                    writer.add_scalar("train/tokens_per_second", speed, step + 1)
+    finally:
+        patch.rule = rule
+    tail = losses[-max(len(losses) // 10, 1) :]
+    seconds = time.perf_counter() - start
+    return TrainingReport(len(losses), tokens * accelerator.num_processes, seconds, sum(tail) / len(tail))
+
+
+def _step(model, micro_batches, accelerator, optimizer, scheduler) -> float:
+    """One optimizer step over its micro-batches; returns their mean loss in nats per token."""
+    total = 0.0
+    for number, batch in enumerate(micro_batches):
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        last = number == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once a step
+            with accelerator.autocast():
+                logits = model(**batch, use_cache=False).logits
+            loss = token_loss(logits, labels).sum() / (labels != IGNORED).sum()
+            accelerator.backward(loss / len(micro_batches))
+        total = total + loss.detach()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(accelerator.reduce(total / len(micro_batches), reduction="mean"))

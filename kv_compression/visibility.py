@@ -1,0 +1,288 @@
+"""Who sees whom: one rule per method, and what it costs.
+
+A rule is one small function of (block, head, query index, key index), the form that FlexAttention calls a mask_mod.
+The dense mask and FlexAttention's block mask are both made from it. Knows tensors only: nothing here touches a model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kv_compression.sentinels import count_text, is_text, removed_entries, span_bounds
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A query sees itself and every earlier key."""
+    return k <= q
+
+
+def kv_compression(input_ids: Tensor, cl_id: int, cr_id: int) -> MaskMod:
+    """The paper's rule (section 3), drawn for the block `a b < c d > e`, where `<` is <CL> and `>` is <CR>.
+
+            a b < c d > e
+        a   1
+        b   1 1
+        <   . . 1
+        c   1 1 . 1
+        d   1 1 . 1 1
+        >   . . 1 1 1 1
+        e   1 1 . . . 1 1
+
+    Every row is at most two runs of keys, so three comparisons decide:
+    - k ≤ q: nobody sees what comes later;
+    - q ≤ until[k], for text queries: a key outside all spans and a <CR> are seen for ever, a span's token until its
+      span is closed, a <CL> never;
+    - since[q] ≤ k: a <CR> sees its span from the <CL> on, every other token at least itself.
+
+    `input_ids` is long `(batch, length)`.
+    """
+    length = input_ids.shape[-1]
+    index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    is_cl, is_cr = input_ids == cl_id, input_ids == cr_id
+    first, last = span_bounds(input_ids, cl_id, cr_id)
+    until = torch.where((last >= 0) & ~is_cr, last, length).masked_fill(is_cl, -1)
+    since = torch.where(is_cr, first, index)
+    asks = index.masked_fill(is_cl | is_cr, length + 1)  # later than any `until`: sentinels see only from `since` on
+
+    def rule(b, h, q, k):
+        return (k <= q) & ((asks[b, q] <= until[b, k]) | (since[b, q] <= k))
+
+    return rule
+
+
+def local_attention(length: int, ratio: float, device=None) -> MaskMod:
+    """A query q sees the most recent keys only: floor(q·ratio) ≤ k ≤ q, the product taken in double precision.
+
+    Drawn for ratio 0.5:
+
+            a b c d e
+        a   1
+        b   1 1
+        c   . 1 1
+        d   . 1 1 1
+        e   . . 1 1 1
+    """
+    # float64 is missing on some devices (MPS): the table is made on the CPU.
+    first = (torch.arange(length, dtype=torch.float64) * ratio).floor().long().to(device)
+
+    def rule(b, h, q, k):
+        return (first[q] <= k) & (k <= q)
+
+    return rule
+
+
+def scattered_attention(kept: Tensor) -> MaskMod:
+    """A query sees the earlier keys that were drawn, the same for all queries, and itself.
+
+    `kept` is bool `(batch, length)`. Drawn for kept = 1 0 0 1 0:
+
+            a b c d e
+        a   1
+        b   1 1
+        c   1 . 1
+        d   1 . . 1
+        e   1 . . 1 1
+    """
+
+    def rule(b, h, q, k):
+        return (k <= q) & (kept[b, k] | (k == q))
+
+    return rule
+
+
+def without_padding(rule: MaskMod, attention_mask: Tensor) -> MaskMod:
+    """`rule`, with the tokens where `attention_mask` `(batch, length)` is 0 seen by nobody but themselves."""
+    real = attention_mask.bool()
+
+    def padded_rule(b, h, q, k):
+        return (rule(b, h, q, k) & real[b, k]) | (q == k)
+
+    return padded_rule
+
+
+def dense_mask(rule: MaskMod, batch: int, length: int, device=None) -> Tensor:
+    """The rule as a bool mask `(batch, length, length)`, True where query (row) may attend to key (column)."""
+    b = torch.arange(batch, device=device).view(-1, 1, 1)
+    index = torch.arange(length, device=device)
+    return rule(b, 0, index.view(1, -1, 1), index.view(1, 1, -1)).expand(batch, length, length)
+
+
+def block_mask(rule: MaskMod, batch: int, length: int, device=None):
+    """The rule as FlexAttention's `BlockMask` for `batch` sequences, shared by all heads."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(rule, B=batch, H=None, Q_LEN=length, KV_LEN=length, device=device or "cpu")
+
+
+def kv_compression_mask(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
+    """`kv_compression` as a bool mask `(batch, length, length)`."""
+    return dense_mask(kv_compression(input_ids, cl_id, cr_id), *input_ids.shape, input_ids.device)
+
+
+def local_attention_mask(length: int, ratio: float) -> Tensor:
+    """`local_attention` as a bool mask `(length, length)`."""
+    return dense_mask(local_attention(length, ratio), 1, length)[0]
+
+
+def scattered_attention_mask(length: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """`scattered_attention` as a bool mask `(length, length)`, each key drawn with probability 1 − ratio."""
+    kept = torch.rand(1, length, generator=generator, device=generator.device) >= ratio
+    return dense_mask(scattered_attention(kept), 1, length, kept.device)[0]
+
+
+def draw_keys(input_ids: Tensor, ratio: float, seed: int) -> Tensor:
+    """Scattered attention's draw, bool `(batch, length)`: True with probability 1 − ratio.
+
+    A pseudo-random function of the seed and of the tokens up to and including the key. So a block's draw does not
+    depend on the batch, the device or the process it is in, needs no state to resume from, and is known key by key
+    while text is generated. (This project.)
+    """
+    index = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    prefix = _mix(input_ids.long() * 0x10001 + _mix(index + ((seed % (1 << 31)) << 32))).cumsum(-1)  # wraps modulo 2^64
+    uniform = (_mix(prefix) & ((1 << 24) - 1)).to(torch.float32) / (1 << 24)
+    return uniform >= ratio
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Spread 64-bit integers evenly (the finalizer of splitmix64; torch has no unsigned shift, hence the masks)."""
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def check_ratio(ratio: float) -> float:
+    """Return `ratio`, or raise ValueError unless 0 ≤ ratio < 1."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"the compression ratio must be at least 0 and below 1, got {ratio}")
+    return ratio
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a method makes of a batch of token ids `(batch, length)`: this one is full causal attention.
+
+    `ratio` is the share of the earlier keys that is asked to be out of sight (used by the window and the draw; for
+    KV compression the spans in the tokens decide), `seed` the one of scattered attention's draw.
+    """
+
+    cl_id: int = -1
+    cr_id: int = -1
+    ratio: float = 0.0
+    seed: int = 0
+
+    name = "full_attention"
+    uses_sentinels = False
+
+    def __post_init__(self):
+        check_ratio(self.ratio)
+
+    def mask_mod(self, input_ids: Tensor) -> MaskMod:
+        """The rule for these tokens."""
+        return causal
+
+    def visible(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> MaskMod:
+        """The rule for these tokens, with padding (`attention_mask` 0) out of sight."""
+        rule = self.mask_mod(input_ids)
+        return rule if attention_mask is None else without_padding(rule, attention_mask)
+
+    def text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """True where a token is text: neither a sentinel nor padding. Bool `(batch, length)`."""
+        text = is_text(input_ids, self.cl_id, self.cr_id)
+        return text if attention_mask is None else text & attention_mask.bool()
+
+    def position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Position ids, long `(batch, length)`; neither sentinels nor padding count."""
+        return count_text(self.text(input_ids, attention_mask))
+
+    def removed(self, input_ids: Tensor) -> Tensor:
+        """Cache entries gone when the last token has been read, long `(batch,)`."""
+        return torch.zeros_like(input_ids[:, 0])
+
+    def with_seed(self, seed: int) -> "Rule":
+        """The same rule with another draw."""
+        return replace(self, seed=seed)
+
+
+class KVCompression(Rule):
+    """Spans between sentinels are compressed into their <CR> (`kv_compression`)."""
+
+    name = "kv_compression"
+    uses_sentinels = True
+
+    def mask_mod(self, input_ids: Tensor) -> MaskMod:
+        return kv_compression(input_ids, self.cl_id, self.cr_id)
+
+    def removed(self, input_ids: Tensor) -> Tensor:
+        return removed_entries(input_ids, self.cl_id, self.cr_id)
+
+
+class LocalAttention(Rule):
+    """Only the most recent share of the keys is kept (`local_attention`)."""
+
+    name = "local_attention"
+
+    def mask_mod(self, input_ids: Tensor) -> MaskMod:
+        return local_attention(input_ids.shape[-1], self.ratio, input_ids.device)
+
+    def removed(self, input_ids: Tensor) -> Tensor:
+        batch, length = input_ids.shape
+        return torch.full_like(input_ids[:, 0], int((length - 1) * self.ratio))
+
+
+class ScatteredAttention(Rule):
+    """A random share of the keys is kept (`scattered_attention`, drawn by `draw_keys`)."""
+
+    name = "scattered_attention"
+
+    def mask_mod(self, input_ids: Tensor) -> MaskMod:
+        return scattered_attention(draw_keys(input_ids, self.ratio, self.seed))
+
+    def removed(self, input_ids: Tensor) -> Tensor:
+        return (~draw_keys(input_ids, self.ratio, self.seed))[:, :-1].sum(-1)  # the last token sees itself
+
+
+METHODS: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (Rule, KVCompression, LocalAttention, ScatteredAttention)
+}
+
+
+class MaskCost(NamedTuple):
+    """What a method costs, counted over blocks: see `measure`. Costs add up."""
+
+    text_tokens: int = 0
+    removed: int = 0
+    attended_pairs: int = 0
+    causal_pairs: int = 0
+
+    @property
+    def removed_fraction(self) -> float:
+        """Cache entries gone at the end of a block ÷ text tokens."""
+        return self.removed / max(self.text_tokens, 1)
+
+    @property
+    def attended_fraction(self) -> float:
+        """Pairs of a text query and an earlier visible key ÷ pairs of text tokens (a token itself does not count)."""
+        return self.attended_pairs / max(self.causal_pairs, 1)
+
+    def __add__(self, other: "MaskCost") -> "MaskCost":
+        return MaskCost(*map(sum, zip(self, other)))
+
+
+def measure(rule: Rule, input_ids: Tensor, attention_mask: Tensor | None = None) -> MaskCost:
+    """Count what `rule` keeps and sees on blocks `(batch, length)`, padded on the right. (This project.)"""
+    text = rule.text(input_ids, attention_mask)
+    mask = dense_mask(rule.visible(input_ids, attention_mask), *input_ids.shape, input_ids.device)
+    per_query = mask.sum(-1) - 1  # every token sees itself
+    num_text = text.sum(-1)
+    return MaskCost(
+        text_tokens=int(num_text.sum()),
+        removed=int(rule.removed(input_ids).sum()),
+        attended_pairs=int((per_query * text).sum()),
+        causal_pairs=int((num_text * (num_text - 1) // 2).sum()),
+    )

@@ -1,0 +1,84 @@
+"""Claim 1: fine-tune a language model with LoRA under one method's mask and report its test perplexity.
+
+Parses flags, calls `kv_compression.experiment`, prints. `python run_clm.py --help` lists the flags.
+"""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from kv_compression.errors import run_script
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors take one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+
+
+def ratio(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
+
+
+def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
+    """The flags that were given, by the names of `Settings`, and whether to overwrite."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--method", choices=["full_attention", "kv_compression", "local_attention", "scattered_attention"])
+    add("--bound_ratio", type=ratio, help="compression ratio, 0 … below 1 (0)")
+    add("--preset", choices=["auto", "paper", "embedded"], help="paper needs a GPU and the hub (auto)")
+    add("--protocol", choices=["paper", "matched"], help="how text becomes blocks and spans (the preset's)")
+    add("--model_name_or_path", help="hub name or folder")
+    add("--dataset_name", help="hub name")
+    add("--dataset_config_name")
+    for split in ("train", "validation", "test"):
+        add(f"--{split}_file", help=".jsonl, .json or .csv with a column text, or .txt")
+    add("--block_size", type=int, help="tokens a block (256)")
+    add("--max_span_length", type=int, help="words (paper) or tokens (matched) a span (25)")
+    add("--fixed_spans", action="store_true", default=None, help="draw spans once; implied by --protocol paper")
+    add("--per_device_train_batch_size", type=int, help="(4)")
+    add("--per_device_eval_batch_size", type=int, help="(4)")
+    add("--gradient_accumulation_steps", type=int, help="(3; embedded: 1)")
+    add("--learning_rate", type=float, help="(2e-5; embedded: 1e-3)")
+    add("--num_train_epochs", type=int, help="(3)")
+    add("--max_train_steps", type=int, help="optimizer steps, overrides the epochs (embedded: 16)")
+    add("--num_warmup_steps", type=int, help="(0)")
+    add("--lr_scheduler_type", choices=["linear", "cosine", "constant", "constant_with_warmup"], help="(linear)")
+    add("--max_eval_blocks", type=int, help="score only the first blocks of a split (all; embedded: 24)")
+    add("--r", type=int, help="LoRA's rank (16)")
+    add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
+    add("--seed", type=int, help="(0)")
+    add("--attn_implementation", choices=["sdpa", "flex_attention", "eager"], help="(sdpa)")
+    add("--mixed_precision", choices=["auto", "no", "bf16"], help="bf16 where the hardware has it (auto)")
+    add("--preprocessing_num_workers", type=int)
+    add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
+    add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
+    add("--overwrite", action="store_true", help="replace what the output folder holds")
+    flags = vars(parser.parse_args(argv))
+    if flags["lora_target_modules"]:
+        flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
+    return flags, flags.pop("overwrite")
+
+
+def main() -> None:
+    """Run what the flags ask for, or show the same run's results if they are there."""
+    flags, overwrite = parse()
+    from kv_compression import experiment, presets, results
+
+    settings = presets.resolve(flags)
+    print(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}", flush=True)
+    found = experiment.finished(settings, overwrite)
+    if found is not None:
+        print("this run is finished already; --overwrite runs it again")
+    print(results.summary(found or experiment.run(settings)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
