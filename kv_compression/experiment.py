@@ -47,8 +47,8 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
             return results
         differing = _differences(results.get("settings"), settings.identity())
         raise UsageError(
-            f"{folder} holds results of other settings ({differing}): choose another --output_dir, or replace them with "
-            "--overwrite"
+            f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
+            "or replace them with --overwrite"
         )
     if folder.is_dir() and any(name.name not in _OWN_FILES for name in folder.iterdir()):
         raise UsageError(f"{folder} holds other files: choose another --output_dir, or replace them with --overwrite")

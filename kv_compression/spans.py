@@ -25,8 +25,8 @@ def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list
     """The published sampler, on the words of one line.
 
     With a = (2 + m)/2 the target is T = int(ratio · a/(a − 1) · n) words. Spans of 2 … m words are drawn at random and
-    kept if they overlap none kept before, until T words are covered or 3·(T // a) draws are made. Rejected draws and the
-    cap keep it far below high ratios: see `exact_spans`. (Paper, section 4.1, and the code published with it.)
+    kept if they overlap none kept before, until T words are covered or 3·(T // a) draws are made. Rejected draws and
+    the cap keep it far below high ratios: see `exact_spans`. (Paper, section 4.1, and the code published with it.)
     """
     check_ratio(ratio)
     _check_length(max_span_length)

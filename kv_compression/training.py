@@ -45,7 +45,8 @@ def lora_targets(model: nn.Module, named: tuple[str, ...] | None) -> list[str]:
         missing = [name for name in named if name not in linear]
         if missing:
             raise UsageError(
-                f"--lora_target_modules {' '.join(missing)}: no such linear module (this model has: {', '.join(linear)})"
+                f"--lora_target_modules {' '.join(missing)}: no such linear module "
+                f"(this model has: {', '.join(linear)})"
             )
         return list(named)
     architecture = model.config.model_type

@@ -247,9 +247,7 @@ class ScatteredAttention(Rule):
         return (~draw_keys(input_ids, self.ratio, self.seed))[:, :-1].sum(-1)  # the last token sees itself
 
 
-METHODS: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Rule, KVCompression, LocalAttention, ScatteredAttention)
-}
+METHODS: dict[str, type[Rule]] = {rule.name: rule for rule in (Rule, KVCompression, LocalAttention, ScatteredAttention)}
 
 
 class MaskCost(NamedTuple):

@@ -1,0 +1,64 @@
+import math
+
+import accelerate
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from kv_compression import perplexity
+from kv_compression.attention import compressed_attention
+from kv_compression.data import Blocks, SpanPlan
+from kv_compression.visibility import KVCompression
+from tests import slow_rules
+from tests.layouts import CL, CR
+from tests.models import random_model
+
+
+def blocks_of(count: int, ratio: float = 0.4) -> Blocks:
+    tokens = torch.randint(3, 64, (count, 24), generator=torch.Generator().manual_seed(0))
+    return Blocks(tokens, "test", SpanPlan(True, ratio, 6, 0), CL, CR)
+
+
+def slow_scores(model, blocks) -> list[tuple[float, int]]:
+    """Summed loss and number of targets of every block, one block at a time."""
+    scores = []
+    for index in range(len(blocks)):
+        ids = torch.tensor([blocks[index]])
+        targets = torch.tensor(slow_rules.targets(blocks[index], CL, CR))
+        loss = cross_entropy(model(ids).logits[0], targets, reduction="sum")
+        scores.append((loss.item(), int((targets >= 0).sum())))
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_matched_perplexity_weighs_every_target_token_the_same(batch_size):
+    model, blocks, rule = random_model("gpt_neox"), blocks_of(5), KVCompression(CL, CR)
+    with torch.no_grad(), compressed_attention(model, rule=rule):
+        score = perplexity.evaluate(
+            model, blocks, rule, accelerate.Accelerator(), batch_size=batch_size, protocol="matched"
+        )
+        slow = slow_scores(model, blocks)
+    assert score.num_targets == sum(count for _, count in slow) == 5 * 23
+    assert score.nll == pytest.approx(sum(loss for loss, _ in slow) / score.num_targets, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(score.nll))
+    assert score.removed_fraction == 10 / 24
+    assert 0 < score.attended_fraction < 1
+
+
+def test_paper_perplexity_is_the_mean_of_batch_means():
+    model, rule = random_model("gpt_neox"), KVCompression(CL, CR)
+    blocks = blocks_of(3)
+    blocks.plan = None  # sentinels in the blocks, so that blocks differ in their number of targets
+    blocks.tokens[0, [2, 5, 8, 10]] = torch.tensor([CL, CR, CL, CR])
+    with torch.no_grad(), compressed_attention(model, rule=rule):
+        score = perplexity.evaluate(model, blocks, rule, accelerate.Accelerator(), batch_size=2, protocol="paper")
+        slow = slow_scores(model, blocks)
+    batches = [slow[:2], slow[2:]]
+    means = [sum(loss for loss, _ in batch) / sum(count for _, count in batch) for batch in batches]
+    assert score.nll == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert score.nll_per_token == pytest.approx(sum(x for x, _ in slow) / sum(n for _, n in slow), rel=1e-5)
+    assert score.nll != pytest.approx(score.nll_per_token, rel=1e-6)
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite():
+    assert perplexity.perplexity(1e4) == math.inf

@@ -1,0 +1,82 @@
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_compression import sentinels
+from tests import slow_rules
+from tests.layouts import CL, CR, batches
+
+
+@given(batches())
+def test_position_ids_are_the_restated_rule(rows):
+    positions = sentinels.position_ids(torch.tensor(rows), CL, CR)
+    assert positions.dtype == torch.long
+    assert positions.tolist() == [slow_rules.positions(row, CL, CR) for row in rows]
+
+
+@given(batches())
+def test_targets_are_the_restated_rule(rows):
+    targets = sentinels.next_text_token(torch.tensor(rows), CL, CR)
+    assert targets.dtype == torch.long
+    assert targets.tolist() == [slow_rules.targets(row, CL, CR) for row in rows]
+
+
+@given(batches())
+def test_removed_entries_are_the_restated_rule(rows):
+    removed = sentinels.removed_entries(torch.tensor(rows), CL, CR)
+    assert removed.tolist() == [slow_rules.removed(row, CL, CR) for row in rows]
+
+
+@given(st.lists(st.integers(3, 9), max_size=30), st.data())
+def test_inserted_sentinels_enclose_the_spans_and_change_nothing_else(tokens, data):
+    cuts = data.draw(st.lists(st.integers(0, max(len(tokens) - 1, 0)), unique=True, max_size=len(tokens)).map(sorted))
+    spans = [(first, last - 1) for first, last in zip(cuts[::2], cuts[1::2])]
+    out = sentinels.insert_sentinels(tokens, spans, CL, CR)
+    assert [token for token in out if token not in (CL, CR)] == tokens
+    enclosed, position = [], 0
+    for token in out:
+        if token == CL:
+            enclosed.append([position])
+        elif token == CR:
+            enclosed[-1].append(position - 1)
+        else:
+            position += 1
+    assert [tuple(span) for span in enclosed] == spans
+
+
+def test_sentinels_are_added_once_and_start_at_the_mean(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    in_use = len(tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    cl_id, cr_id = sentinels.add_sentinels(tokenizer, model)
+    assert (cl_id, cr_id) == (in_use, in_use + 1)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = embedding.weight.detach()
+        assert weight.shape[0] == in_use + 2
+        torch.testing.assert_close(weight[cl_id], weight[:in_use].mean(0))
+        torch.testing.assert_close(weight[cr_id], weight[:in_use].mean(0))
+    assert torch.equal(model.get_input_embeddings().weight[:in_use], before)
+    assert tokenizer("a <CL>cat<CR>")["input_ids"].count(cl_id) == 1
+
+    with torch.no_grad():
+        model.get_input_embeddings().weight[cl_id] = 7  # a trained sentinel stays as it is
+    assert sentinels.add_sentinels(tokenizer, model) == (cl_id, cr_id)
+    assert (model.get_input_embeddings().weight[cl_id] == 7).all()
+    assert model.get_input_embeddings().weight.shape[0] == in_use + 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_spare_rows_are_used_before_the_matrix_grows(tiny_model, tied):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer) + 20, tied
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    spare = model.get_input_embeddings().weight.detach()[len(tokenizer) + 2 :].clone()
+    cl_id, _ = sentinels.add_sentinels(tokenizer, model)
+    weight = model.get_input_embeddings().weight.detach()
+    assert weight.shape[0] == config.vocab_size
+    assert torch.equal(weight[len(tokenizer) :], spare)
+    torch.testing.assert_close(weight[cl_id], weight[: len(tokenizer) - 2].mean(0))

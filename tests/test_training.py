@@ -1,0 +1,147 @@
+import accelerate
+import pytest
+import torch
+import transformers
+
+from kv_compression import training
+from kv_compression.attention import compressed_attention
+from kv_compression.data import Blocks, SpanPlan
+from kv_compression.errors import RunError, UsageError
+from kv_compression.presets import Settings
+from kv_compression.visibility import KVCompression, ScatteredAttention
+from tests.models import CONFIGS, random_model
+
+CL, CR = 62, 63
+
+
+def settings(**changes) -> Settings:
+    recipe = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    return Settings(**recipe | {"num_train_epochs": 2, "mixed_precision": "no", "bound_ratio": 0.5} | changes)
+
+
+def blocks_of(count: int = 10, ratio: float = 0.4) -> Blocks:
+    tokens = torch.arange(20).repeat(count, 1) + 3
+    return Blocks(tokens, "train", SpanPlan(True, ratio, 6, 0), CL, CR)
+
+
+def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
+    config = type(CONFIGS[architecture]).from_dict(CONFIGS[architecture].to_dict() | {"tie_word_embeddings": tied})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return training.add_lora(model, training.lora_targets(model, None), 4, (CL, CR))
+
+
+def run(model, blocks, rule, wanted):
+    with compressed_attention(model, rule=rule) as patch:
+        return training.train(model, blocks, patch, accelerate.Accelerator(), wanted, None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
+def test_only_lora_and_the_two_sentinel_rows_move(architecture, tied):
+    model = adapted(architecture, tied)
+    causal_lm = model.get_base_model()
+
+    def matrices():
+        """Input and output embeddings as the model uses them, and every weight of the base model."""
+        ids = torch.arange(64)[None]
+        with torch.no_grad():
+            rows = causal_lm.get_input_embeddings()(ids)[0].clone()
+            head = causal_lm.get_output_embeddings()(torch.eye(32)).T.clone()
+        return rows, head
+
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name or "trainable_tokens" in name for name in trained)
+    rows_before, head_before = matrices()
+    report = run(model, blocks_of(), KVCompression(CL, CR), settings())
+    rows_after, head_after = matrices()
+    moved = (rows_before != rows_after).any(-1).nonzero().flatten().tolist()
+    assert moved == [CL, CR]
+    assert (head_before != head_after).any(-1).nonzero().flatten().tolist() == ([CL, CR] if tied else [])
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    assert report.steps == 6
+    assert report.tokens == 2 * 10 * 19
+
+
+def test_training_lowers_the_loss_and_is_the_same_for_the_same_seed():
+    losses = []
+    for _ in range(2):
+        transformers.set_seed(0)
+        report = run(adapted(), blocks_of(), KVCompression(CL, CR), settings(num_train_epochs=8))
+        losses.append(report.loss)
+    assert losses[0] == losses[1] < 4  # it starts at 4.2, log(64)
+    assert report.tokens_per_second > 0
+
+
+def test_everything_trainable_is_fp32_over_a_bf16_model():
+    model = adapted(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_schedule_reads_every_block_once_an_epoch():
+    wanted = settings(per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    schedule = training.Schedule(wanted, 10, 1)
+    assert (schedule.steps_per_epoch, schedule.num_steps) == (2, 4)
+    for epoch in (0, 1):
+        read = [schedule.micro_batches_of(step, 0) for step in (2 * epoch, 2 * epoch + 1)]
+        assert [len(micro) for micro in read] == [2, 2]
+        assert sorted(block for step in read for micro in step for block in micro) == list(range(10))
+    assert schedule.micro_batches_of(0, 0) != schedule.micro_batches_of(2, 0)
+    assert training.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
+
+
+def test_processes_share_a_micro_batch():
+    one = training.Schedule(settings(per_device_train_batch_size=4), 16, 1)
+    two = training.Schedule(settings(per_device_train_batch_size=2), 16, 2)
+    for step in range(one.num_steps):
+        shared = [a + b for a, b in zip(two.micro_batches_of(step, 0), two.micro_batches_of(step, 1))]
+        assert shared == one.micro_batches_of(step, 0)
+
+
+def test_spans_are_redrawn_every_epoch_unless_fixed():
+    def block_zero(fixed, epoch):
+        wanted = settings(fixed_spans=fixed, per_device_train_batch_size=1, gradient_accumulation_steps=1)
+        schedule = training.Schedule(wanted, 1, 1)
+        step = training.StepData(blocks_of(1), schedule, 0, fixed)[epoch]
+        return step[0]["input_ids"].tolist()
+
+    assert block_zero(True, 0) == block_zero(True, 1)
+    assert block_zero(False, 0) != block_zero(False, 1)
+    assert block_zero(False, 0) == block_zero(True, 0)
+
+
+def test_scattered_keys_are_redrawn_every_epoch_and_the_rule_is_put_back():
+    seeds = []
+
+    class Recorded(ScatteredAttention):
+        def mask_mod(self, input_ids):
+            seeds.append(self.seed)
+            return super().mask_mod(input_ids)
+
+    model, rule = adapted(), Recorded(ratio=0.5, seed=7)
+    with compressed_attention(model, rule=rule) as patch:
+        training.train(model, blocks_of(4, 0.0), patch, accelerate.Accelerator(), settings(), None)
+        assert patch.rule == rule
+    assert seeds == [7, 7, 8, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = adapted()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(RunError, match=r"loss is nan at step 1, blocks \[\["):
+        run(model, blocks_of(), KVCompression(CL, CR), settings())
+
+
+def test_lora_targets():
+    assert training.lora_targets(random_model("gpt_neox"), None) == ["query_key_value", "dense"]
+    assert training.lora_targets(random_model("llama"), ("up_proj",)) == ["up_proj"]
+    with pytest.raises(UsageError, match="no such linear module .this model has: .*k_proj"):
+        training.lora_targets(random_model("llama"), ("attention",))
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
+    with pytest.raises(UsageError, match="unknown architecture bloom.*--lora_target_modules.*query_key_value"):
+        training.lora_targets(bloom, None)
