@@ -1,11 +1,15 @@
 """A tiny GPT-NeoX with a byte-level BPE tokenizer, and text that it can learn, made once per test run."""
 
+import atexit
 import os
 import random
+import shutil
 import tempfile
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="kv-compression-tests-")  # no test reads or fills the user's caches
+CACHE = tempfile.mkdtemp(prefix="kv-compression-tests-")  # no test reads or fills the user's caches
+os.environ["HF_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 import pytest
 import tokenizers
