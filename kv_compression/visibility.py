@@ -14,6 +14,7 @@ from torch import Tensor
 from kv_compression.sentinels import count_text, is_text, removed_entries, span_bounds
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+PAIRS_AT_ONCE = 1 << 21  # of a large dense mask, so that what lies between stays in the processor's cache
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -33,24 +34,28 @@ def kv_compression(input_ids: Tensor, cl_id: int, cr_id: int) -> MaskMod:
         >   . . 1 1 1 1
         e   1 1 . . . 1 1
 
-    Every row is at most two runs of keys, so three comparisons decide:
-    - k ≤ q: nobody sees what comes later;
-    - q ≤ until[k], for text queries: a key outside all spans and a <CR> are seen for ever, a span's token until its
-      span is closed, a <CL> never;
-    - since[q] ≤ k: a <CR> sees its span from the <CL> on, every other token at least itself.
+    Two things decide what an earlier key is to a query:
+    - from `since[q]` on a query sees every key: a <CR> from its <CL>, a token inside a span from the span's first token,
+      any other token from itself;
+    - `open[k]` keys, a <CR> or a text token outside all spans, are seen by every later text token.
 
     `input_ids` is long `(batch, length)`.
     """
     length = input_ids.shape[-1]
     index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     is_cl, is_cr = input_ids == cl_id, input_ids == cr_id
+    text = ~(is_cl | is_cr)
     first, last = span_bounds(input_ids, cl_id, cr_id)
-    until = torch.where((last >= 0) & ~is_cr, last, length).masked_fill(is_cl, -1)
-    since = torch.where(is_cr, first, index)
-    asks = index.masked_fill(is_cl | is_cr, length + 1)  # later than any `until`: sentinels see only from `since` on
+    inside = text & (last >= 0)
+    begins_with_cl = is_cl.gather(-1, first.clamp(min=0))
+    since = torch.where(is_cr, first, torch.where(inside, first + begins_with_cl, index))
+    # Small integers, and arithmetic in place of comparisons: torch compares broadcast integers ten times more slowly.
+    until_seen = (since - 1).to(torch.int16 if length < 2**15 else torch.int32)
+    asks, open_ = text.to(torch.int8), (is_cr | (text & ~inside)).to(torch.int8)
 
     def rule(b, h, q, k):
-        return (k <= q) & ((asks[b, q] <= until[b, k]) | (since[b, q] <= k))
+        from_since = (k.to(until_seen.dtype) - until_seen[b, q]).clamp(min=0).bool()
+        return (k <= q) & (from_since | (asks[b, q] * open_[b, k]).bool())
 
     return rule
 
@@ -107,9 +112,21 @@ def without_padding(rule: MaskMod, attention_mask: Tensor) -> MaskMod:
 
 def dense_mask(rule: MaskMod, batch: int, length: int, device=None) -> Tensor:
     """The rule as a bool mask `(batch, length, length)`, True where query (row) may attend to key (column)."""
-    b = torch.arange(batch, device=device).view(-1, 1, 1)
+    return _rows(rule, batch, length, 0, device)
+
+
+def _rows(rule: MaskMod, batch: int, length: int, start: int, device) -> Tensor:
+    """The dense mask's rows from `start` on, bool `(batch, length - start, length)`."""
     index = torch.arange(length, device=device)
-    return rule(b, 0, index.view(1, -1, 1), index.view(1, 1, -1)).expand(batch, length, length)
+    q, k = index[start:].view(1, -1, 1), index.view(1, 1, -1)
+    blocks = torch.arange(batch, device=device).view(-1, 1, 1)
+    together = max(PAIRS_AT_ONCE // (len(index[start:]) * length), 1)
+    if together >= batch:
+        return rule(blocks, 0, q, k).expand(batch, length - start, length)
+    mask = torch.empty(batch, length - start, length, dtype=torch.bool, device=device)
+    for some, part in zip(blocks.split(together), mask.split(together)):
+        part.copy_(rule(some, 0, q, k))
+    return mask
 
 
 def block_mask(rule: MaskMod, batch: int, length: int, device=None):
@@ -135,17 +152,26 @@ def scattered_attention_mask(length: int, ratio: float, generator: torch.Generat
     return dense_mask(scattered_attention(kept), 1, length, kept.device)[0]
 
 
-def draw_keys(input_ids: Tensor, ratio: float, seed: int) -> Tensor:
+def draw_keys(input_ids: Tensor, ratio: float, seed: int, read: "Read | None" = None) -> Tensor:
     """Scattered attention's draw, bool `(batch, length)`: True with probability 1 − ratio.
 
     A pseudo-random function of the seed and of the tokens up to and including the key. So a block's draw does not
     depend on the batch, the device or the process it is in, needs no state to resume from, and is known key by key
-    while text is generated. (This project.)
+    while text is generated: `read` tells of what was read before, and is moved on. (This project.)
     """
     index = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    prefix = _mix(input_ids.long() * 0x10001 + _mix(index + ((seed % (1 << 31)) << 32))).cumsum(-1)  # wraps modulo 2^64
+    if read is None:
+        prefix = _contribution(input_ids, index, seed).cumsum(-1)  # wraps modulo 2^64
+    else:
+        prefix = read.digest[:, None] + (_contribution(input_ids, read.positions, seed) * read.real).cumsum(-1)
+        read.digest = prefix[:, -1]
     uniform = (_mix(prefix) & ((1 << 24) - 1)).to(torch.float32) / (1 << 24)
     return uniform >= ratio
+
+
+def _contribution(input_ids: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """What a token adds to the digest of the text that it stands in."""
+    return _mix(input_ids.long() * 0x10001 + _mix(positions + ((seed % (1 << 31)) << 32)))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -163,12 +189,32 @@ def check_ratio(ratio: float) -> float:
     return ratio
 
 
+# What a cache remembers of a key it holds; KV compression's masks are made from these as they are from token ids.
+TEXT, CL, CR, COMPRESSED, UNDRAWN = range(5)
+
+
+@dataclass
+class Read:
+    """What a rule may have to know of the text that a cache has read.
+
+    `positions` (long) and `real` (bool, False for padding) are `(batch, new)` and tell of the tokens being read,
+    `digest` is long `(batch,)` and sums up what was read before (for `draw_keys`).
+    """
+
+    positions: Tensor
+    real: Tensor
+    digest: Tensor
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a method makes of a batch of token ids `(batch, length)`: this one is full causal attention.
 
     `ratio` is the share of the earlier keys that is asked to be out of sight (used by the window and the draw; for
     KV compression the spans in the tokens decide), `seed` the one of scattered attention's draw.
+
+    A cache asks the same rule step by step: `kinds` says what to remember of new tokens, `sees` which of the keys held
+    they see, `keeps` which keys a later token may see.
     """
 
     cl_id: int = -1
@@ -208,6 +254,31 @@ class Rule:
         """The same rule with another draw."""
         return replace(self, seed=seed)
 
+    def kinds(self, input_ids: Tensor, read: Read) -> Tensor:
+        """What to remember of new tokens, long `(batch, new)`."""
+        return torch.zeros_like(input_ids)
+
+    def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
+        """Which keys the last `new` of them see, bool `(batch, new, keys)`, padding aside.
+
+        `kinds` and `positions` are `(batch, keys)`: the keys held, then the new ones.
+        """
+        return _last_rows(causal, kinds, new)
+
+    def may_drop(self, new_kinds: Tensor) -> bool:
+        """Whether reading these new tokens can have put a key out of every later token's sight."""
+        return False
+
+    def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
+        """Which keys the cache still holds when all of them have been read, bool `(batch, keys)`."""
+        return torch.ones_like(kinds, dtype=torch.bool)
+
+
+def _last_rows(rule: MaskMod, kinds: Tensor, new: int) -> Tensor:
+    """The rows of a rule's dense mask for the last `new` queries."""
+    batch, keys = kinds.shape
+    return _rows(rule, batch, keys, keys - new, kinds.device)
+
 
 class KVCompression(Rule):
     """Spans between sentinels are compressed into their <CR> (`kv_compression`)."""
@@ -220,6 +291,19 @@ class KVCompression(Rule):
 
     def removed(self, input_ids: Tensor) -> Tensor:
         return removed_entries(input_ids, self.cl_id, self.cr_id)
+
+    def kinds(self, input_ids: Tensor, read: Read) -> Tensor:
+        return (input_ids == self.cl_id) * CL + (input_ids == self.cr_id) * CR
+
+    def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
+        return _last_rows(kv_compression(kinds, CL, CR), kinds, new)
+
+    def may_drop(self, new_kinds: Tensor) -> bool:
+        return bool((new_kinds == CR).any())
+
+    def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
+        _, last = span_bounds(kinds, CL, CR)
+        return (last < 0) | (kinds == CR)
 
 
 class LocalAttention(Rule):
@@ -234,6 +318,16 @@ class LocalAttention(Rule):
         batch, length = input_ids.shape
         return torch.full_like(input_ids[:, 0], int((length - 1) * self.ratio))
 
+    def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
+        first = (positions[:, -new:].double() * self.ratio).floor().long()
+        return _last_rows(causal, kinds, new) & (first[:, :, None] <= positions[:, None, :])
+
+    def may_drop(self, new_kinds: Tensor) -> bool:
+        return True
+
+    def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
+        return (positions[:, -1:].double() * self.ratio).floor().long() <= positions
+
 
 class ScatteredAttention(Rule):
     """A random share of the keys is kept (`scattered_attention`, drawn by `draw_keys`)."""
@@ -245,6 +339,18 @@ class ScatteredAttention(Rule):
 
     def removed(self, input_ids: Tensor) -> Tensor:
         return (~draw_keys(input_ids, self.ratio, self.seed))[:, :-1].sum(-1)  # the last token sees itself
+
+    def kinds(self, input_ids: Tensor, read: Read) -> Tensor:
+        return (~draw_keys(input_ids, self.ratio, self.seed, read)) * UNDRAWN
+
+    def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
+        return _last_rows(scattered_attention(kinds != UNDRAWN), kinds, new)
+
+    def may_drop(self, new_kinds: Tensor) -> bool:
+        return bool((new_kinds == UNDRAWN).any())
+
+    def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
+        return kinds != UNDRAWN
 
 
 METHODS: dict[str, type[Rule]] = {rule.name: rule for rule in (Rule, KVCompression, LocalAttention, ScatteredAttention)}

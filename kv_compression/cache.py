@@ -1,0 +1,405 @@
+"""The cache that really drops compressed entries.
+
+A `SentinelCache` goes where transformers takes a cache. A patched model asks it, before every forward pass, which of
+the keys it holds the new tokens see and which position ids they get; after the pass it lets go of every key that no
+later token can see, in all layers. Which these are is the `visibility.Rule`'s to say; nothing here knows a method.
+"""
+
+import json
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kv_compression.errors import RunError
+from kv_compression.visibility import CL, COMPRESSED, CR, METHODS, TEXT, KVCompression, Read, Rule
+
+FORMAT = "kv_compression.SentinelCache 1"
+
+
+class SentinelLayer(DynamicLayer):
+    """The keys and values of one layer, `(batch, heads, slots, head_dim)`; slots can leave."""
+
+    def keep(self, rows: list[Tensor], slots: int) -> None:
+        """Keep the slots `rows[b]` of every row b, in their order, padded to `slots`; the storage of the rest is freed."""
+        self.keys = _kept(self.keys, rows, slots)
+        self.values = _kept(self.values, rows, slots)
+
+
+def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
+    if len(rows) == 1:
+        return states.index_select(2, rows[0])
+    batch, heads, _, width = states.shape
+    kept = states.new_zeros(batch, heads, slots, width)
+    for row, index in enumerate(rows):
+        torch.index_select(states[row], 1, index, out=kept[row, :, : len(index)]) if len(index) == slots else kept[
+            row, :, : len(index)
+        ].copy_(states[row].index_select(1, index))
+    return kept
+
+
+class SentinelCache(Cache):
+    """Keys and values of what later tokens can still see, for a model under `attention.patch`.
+
+    Rows of a batch may compress differently: they are padded on the right to the longest and masked. Lengths are
+    counted in keys per layer. `get_seq_length` counts the tokens read, as transformers' generation expects, `length` the
+    keys held.
+
+    With `cl_id` and `cr_id` the rule is KV compression; `rule` names any other. The patch must be of the same rule.
+    """
+
+    def __init__(self, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None):
+        if (cl_id is None or cr_id is None) == (rule is None):
+            raise ValueError("SentinelCache needs either cl_id and cr_id, or rule=…")
+        super().__init__(layer_class_to_replicate=SentinelLayer)
+        self.rule = rule or KVCompression(cl_id, cr_id)
+        self._decoder = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.kinds = self.positions = self.real = None  # of every slot, `(batch, slots)`
+        self.text_read = self.digest = None  # `(batch,)`
+        self._tokens_read = 0
+        self._undoable = 0  # tokens read since a key last left
+        self._visible_to_all = True  # no padding and no open <CL> among the slots: text sees every key
+        self._fold = None
+        self._admitted = False
+
+    def __repr__(self) -> str:
+        return f"SentinelCache({self.rule.name}, length={self.length}, logical_length={self.logical_length})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, sentinels included, whatever has become of their keys."""
+        return self._tokens_read
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The slot that the next key will have."""
+        return self.slots
+
+    @property
+    def slots(self) -> int:
+        """Keys that a layer has room for, padding of shorter rows included."""
+        return 0 if self.kinds is None else self.kinds.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Keys held by every row, long `(batch,)`."""
+        return torch.zeros(0, dtype=torch.long) if self.real is None else self.real.sum(-1)
+
+    @property
+    def length(self) -> int:
+        """Keys held by the longest row."""
+        return int(self.lengths.max()) if self.slots else 0
+
+    @property
+    def logical_length(self) -> int:
+        """Text tokens read by the longest row: what an uncompressed cache would hold."""
+        return 0 if self.text_read is None else int(self.text_read.max())
+
+    @property
+    def removed_fraction(self) -> float:
+        """Text tokens read without a key of their own held ÷ text tokens read, over all rows."""
+        read = 0 if self.text_read is None else int(self.text_read.sum())
+        return 1 - int(self.lengths.sum()) / read if read else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Memory that keys and values take in all layers."""
+        states = [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in states)
+
+    def admit(self, decoder: nn.Module, input_ids: Tensor, padding: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Take note of tokens `(batch, new)` that are about to be read.
+
+        Returns which keys they see, bool `(batch, new, slots + new)` or None if they see all, and their position ids.
+        `padding` is 0 where a token is padding, `(batch, ≥ new)`; its last columns count.
+        """
+        self._decoder = weakref.ref(decoder)
+        batch, new = input_ids.shape
+        if self.kinds is None:
+            nothing = input_ids.new_zeros(batch, 0)
+            self.kinds, self.positions, self.real = nothing, nothing, nothing.bool()
+            self.text_read = self.digest = torch.zeros_like(input_ids[:, 0])
+        if self.kinds.shape[0] != batch:
+            raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
+        self._admitted = True
+        if self._fold is not None:
+            return self._admit_fold(new)
+
+        real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
+        text = self.rule.text(input_ids, real)
+        positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
+        read = Read(positions, real, self.digest)
+        kinds = self.rule.kinds(input_ids, read)
+        self._note(kinds, positions, real)
+        self.digest = read.digest
+        self.text_read = self.text_read + text.sum(-1)
+        self._tokens_read += new
+        self._undoable += new
+        plain = padding is None or bool(real.all())
+        self._may_drop = not plain or self.rule.may_drop(kinds)
+        was_visible = self._visible_to_all
+        self._visible_to_all = was_visible and plain and not bool((kinds == CL).any())
+        if new == 1 and self._visible_to_all and not self._may_drop:
+            return None, positions
+        seen = self.rule.sees(self.kinds, self.positions, new) & self.real[:, None, :]
+        return seen | _own_key(new, self.slots, seen.device), positions
+
+    def _note(self, kinds: Tensor, positions: Tensor, real: Tensor) -> None:
+        self.kinds = torch.cat([self.kinds, kinds], dim=1)
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.real = torch.cat([self.real, real], dim=1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
+        if not self._admitted:
+            raise ValueError("a SentinelCache works in a patched model only: use attention.patch or compressed_attention")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def settle(self) -> None:
+        """Let go of every key that no later token can see; called when all layers have read the admitted tokens."""
+        self._admitted = False
+        if self._fold is not None:
+            folded, self._fold = self._fold, None
+            self._drop(~folded)
+            self.kinds = torch.where(self.kinds == CR, COMPRESSED, self.kinds)
+        elif self._may_drop:
+            self._drop(self.rule.keeps(self.kinds, self.positions))
+            self.kinds = torch.where(self.kinds == CR, COMPRESSED, self.kinds)
+
+    def _drop(self, keep: Tensor) -> None:
+        """Keep the slots where `keep` `(batch, slots)` is True, but no padding."""
+        keep = keep & self.real
+        if bool(keep.all()):
+            return
+        rows = [row.nonzero().flatten() for row in keep]
+        slots = max(map(len, rows))
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keep(rows, slots)
+        pad = torch.nn.utils.rnn.pad_sequence
+        self.kinds = pad([kinds[row] for kinds, row in zip(self.kinds, rows)], batch_first=True)
+        self.positions = pad([positions[row] for positions, row in zip(self.positions, rows)], batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=keep.device)
+        self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
+        self._undoable = 0
+        self._visible_to_all = all(len(row) == slots for row in rows) and not bool((self.kinds == CL).any())
+
+    def compress(self, first, last, model: nn.Module | None = None) -> None:
+        """Fold a span of text that is already in the cache into one key, by reading <CL> and <CR> alone.
+
+        `first` and `last` are inclusive text positions (ints, or one per row; a row whose last is below its first is left
+        alone). Exactly what reading the span between sentinels would have left, if nothing was read since; tokens read
+        since have seen the span itself. `model` defaults to the one that filled the cache, which must still be patched.
+        Raises ValueError if the cache does not hold the whole span as plain text. (This project.)
+        """
+        decoder = _decoder_of(model) if model is not None else self._decoder and self._decoder()
+        if not self.rule.uses_sentinels or decoder is None or not self.slots:
+            raise ValueError("only a cache for KV compression that a model has filled can compress a span")
+        batch, device = len(self.kinds), self.kinds.device
+        first = torch.as_tensor(first, device=device).expand(batch)
+        last = torch.as_tensor(last, device=device).expand(batch)
+        if bool((self.kinds == CL).any()):
+            raise ValueError("a span is still open: its <CR> has to be read first")
+        span = self.real & (self.kinds == TEXT)
+        span &= (first[:, None] <= self.positions) & (self.positions <= last[:, None])
+        wanted = (last - first + 1).clamp(min=0)
+        if bool((span.sum(-1) != wanted).any()):
+            raise ValueError(f"the cache does not hold text {first.tolist()} … {last.tolist()} uncompressed")
+        self._fold = (span, first, last)
+        sentinels = torch.tensor([[self.rule.cl_id, self.rule.cr_id]], device=device).expand(batch, 2)
+        with torch.no_grad():
+            decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
+
+    def _admit_fold(self, new: int) -> tuple[Tensor, Tensor]:
+        span, first, last = self._fold
+        concerned = (last >= first)[:, None].expand(-1, 2)
+        positions = torch.stack([(first - 1).clamp(min=0), last], dim=1)
+        self._note(torch.tensor([[CL, CR]], device=span.device).expand(len(span), 2), positions, concerned)
+        leaves = torch.nn.functional.pad(span, (0, new))
+        leaves[:, -2] = True
+        seen = torch.zeros(len(span), new, self.slots, dtype=torch.bool, device=span.device)
+        seen[:, 1] = leaves
+        self._fold = leaves
+        return seen | _own_key(new, self.slots, seen.device), positions
+
+    def drop_oldest(self, count: Tensor) -> None:
+        """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
+        order = self.real.long().cumsum(-1)
+        self._drop(order > count[:, None])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Unread the last `-tokens_to_remove` tokens. ValueError if one of them has made a key leave."""
+        count = abs(tokens_to_remove)
+        if count > self._undoable:
+            raise ValueError(f"only the last {self._undoable} tokens can be unread: keys have left the cache before")
+        if count:
+            text = self.real & (self.kinds != CL) & (self.kinds != CR)
+            self.text_read = self.text_read - text[:, -count:].sum(-1)
+            if self.rule.name == "scattered_attention":
+                raise ValueError("scattered attention's draw cannot be unread")
+            self.kinds, self.positions, self.real = (
+                tensor[:, :-count].contiguous() for tensor in (self.kinds, self.positions, self.real)
+            )
+            for layer in self.layers:
+                layer.keys = layer.keys[:, :, :-count].contiguous()
+                layer.values = layer.values[:, :, :-count].contiguous()
+            self._tokens_read -= count
+            self._undoable -= count
+            self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
+
+    def reset(self) -> None:
+        """Forget everything; the memory is freed."""
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        super().batch_select_indices(indices)
+        if self.kinds is not None:
+            indices = indices.to(self.kinds.device)
+            for name in ("kinds", "positions", "real", "text_read", "digest"):
+                setattr(self, name, getattr(self, name)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, so that one prefill serves several continuations."""
+        super().batch_repeat_interleave(repeats)
+        if self.kinds is not None:
+            for name in ("kinds", "positions", "real", "text_read", "digest"):
+                setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
+
+    def save(self, path) -> None:
+        """Write the cache to a safetensors file, to read it back with `load` under the same model."""
+        tensors = {name: getattr(self, name).contiguous() for name in _SAVED if getattr(self, name) is not None}
+        for number, layer in enumerate(self.layers):
+            if layer.is_initialized:
+                tensors[f"keys.{number}"] = layer.keys.contiguous()
+                tensors[f"values.{number}"] = layer.values.contiguous()
+        about = {"rule": self.rule.name, **asdict(self.rule), "tokens_read": self._tokens_read}
+        partial = Path(f"{path}.partial")
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "about": json.dumps(about)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise RunError(f"cannot write {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path, device="cpu") -> "SentinelCache":
+        """Read a cache that `save` wrote. RunError if the file is missing, damaged or something else."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise RunError(f"{path} is not a saved SentinelCache")
+                about = json.loads(metadata["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tokens_read = int(about.pop("tokens_read"))
+            cache = cls(rule=METHODS[about.pop("rule")](**about))
+            cache._restore(tensors, tokens_read)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"{path} cannot be read as a saved SentinelCache: {error}") from error
+        return cache
+
+    def _restore(self, tensors: dict[str, Tensor], tokens_read: int) -> None:
+        if not tensors:
+            return
+        for name in _SAVED:
+            setattr(self, name, tensors.pop(name))
+        batch, slots = self.kinds.shape
+        for name, shape in zip(_SAVED, ((batch, slots),) * 3 + ((batch,),) * 2):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)} instead of {shape}")
+        for number in range(len(tensors) // 2):
+            layer = SentinelLayer()
+            keys, values = tensors.pop(f"keys.{number}"), tensors.pop(f"values.{number}")
+            if keys.dim() != 4 or keys.shape != values.shape or (keys.shape[0], keys.shape[2]) != (batch, slots):
+                raise ValueError(f"layer {number} has shape {tuple(keys.shape)}")
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            self.layers.append(layer)
+        self._tokens_read = tokens_read
+        self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
+
+
+_SAVED = ("kinds", "positions", "real", "text_read", "digest")
+
+
+def _own_key(new: int, slots: int, device) -> Tensor:
+    """Every new token's own key: bool `(new, slots)`."""
+    return torch.eye(new, dtype=torch.bool, device=device).new_zeros(new, slots).fill_diagonal_(False) | (
+        torch.arange(slots, device=device) == torch.arange(slots - new, slots, device=device)[:, None]
+    )
+
+
+def _decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal_lm.get_decoder()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Keeps a cache small while text is generated: call `enforce` after every forward pass.
+
+    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest plain
+    text folded, up to `span_length` tokens at a time, but never the most recent `recent` ones. Folding leaves one key a
+    span, so where only `max_length` is left to keep, the oldest keys are dropped: memory is bounded, however much is
+    generated. At most 1 − 1/span_length of the text can be removed by folding. (This project.)
+    """
+
+    max_length: int | None = None
+    ratio: float | None = None
+    span_length: int = 25
+    recent: int = 0
+
+    def __post_init__(self):
+        if self.max_length is None and self.ratio is None:
+            raise ValueError("a budget needs max_length or ratio")
+        if self.span_length < 2 or self.recent < 0:
+            raise ValueError("span_length must be at least 2 and recent at least 0")
+        if self.max_length is not None and self.max_length < self.recent + self.span_length:
+            raise ValueError("max_length must leave room for the recent tokens and one span")
+
+    def allowed(self, text_read: int) -> int:
+        """Keys that a row may hold when it has read so much text."""
+        by_ratio = text_read if self.ratio is None else int((1 - self.ratio) * text_read)
+        return by_ratio if self.max_length is None else min(by_ratio, self.max_length)
+
+    def enforce(self, cache: SentinelCache, model: nn.Module | None = None) -> None:
+        """Fold, and drop if that is not enough, until every row is within the budget."""
+        while True:
+            lengths, read = cache.lengths.tolist(), cache.text_read.tolist()
+            over = [max(length - self.allowed(text), 0) for length, text in zip(lengths, read)]
+            if not any(over):
+                return
+            spans = [self._oldest_span(cache, row, read[row]) if over[row] else (0, -1) for row in range(len(over))]
+            if all(last < first for first, last in spans):
+                break
+            cache.compress([first for first, _ in spans], [last for _, last in spans], model)
+        if self.max_length is not None:
+            excess = (cache.lengths - self.max_length).clamp(min=0)
+            cache.drop_oldest(excess)
+
+    def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
+        """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""
+        plain = cache.real[row] & (cache.kinds[row] == TEXT) & (cache.positions[row] < text_read - self.recent)
+        positions = cache.positions[row][plain].sort().values
+        if len(positions) < self.span_length:
+            return 0, -1
+        # positions[i + span_length − 1] − positions[i] is span_length − 1 where a run is unbroken
+        unbroken = positions[self.span_length - 1 :] - positions[: 1 - self.span_length] == self.span_length - 1
+        found = unbroken.nonzero().flatten()
+        if not len(found):
+            return 0, -1
+        first = int(positions[found[0]])
+        return first, first + self.span_length - 1
