@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kv_compression.cache import SentinelCache, decoder_of
 from kv_compression.visibility import KVCompression, MaskMod, Rule, block_mask, dense_mask
 
 
@@ -20,12 +21,16 @@ class Patch:
     def __init__(self, decoder: nn.Module, rule: Rule):
         self.decoder = decoder
         self.rule = rule
-        self._hook = decoder.register_forward_pre_hook(self._derive, with_kwargs=True)
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._derive, with_kwargs=True),
+            decoder.register_forward_hook(self._settle, with_kwargs=True),
+        ]
         decoder._sentinel_patch = self
 
     def remove(self) -> None:
         """Take the patch off. Doing so twice is harmless."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if getattr(self.decoder, "_sentinel_patch", None) is self:
             del self.decoder._sentinel_patch
 
@@ -36,30 +41,45 @@ class Patch:
             raise ValueError("a patched model needs input_ids: masks cannot be derived from inputs_embeds")
         if len(args) > 1:
             raise ValueError("call a patched decoder with keyword arguments")
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError("the cache given holds tokens whose visibility is not known to the patched model")
         padding = kwargs.get("attention_mask")
         if padding is not None and padding.dim() != 2:
             raise ValueError("a patched model makes its own masks: attention_mask may only be (batch, length) padding")
 
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, SentinelCache):
+            if cache.rule != self.rule:
+                raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
+            seen, kwargs["position_ids"] = cache.admit(decoder, input_ids, padding)
+            kwargs["attention_mask"] = None if seen is None else as_attention_mask(decoder, seen)
+            return args, kwargs
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("only a SentinelCache knows what a patched model may see of it: give past_key_values one")
         rule = self.rule.visible(input_ids, padding)
         kwargs["attention_mask"] = mask_for(decoder, rule, input_ids)
         kwargs["position_ids"] = self.rule.position_ids(input_ids, padding)
         return args, kwargs
 
+    def _settle(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """Let the cache drop what nobody will see again."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, SentinelCache):
+            cache.settle()
+
 
 def mask_for(decoder: nn.Module, rule: MaskMod, input_ids: Tensor):
-    """The rule in the form that the decoder's attention implementation takes.
-
-    flex_attention: a `BlockMask`; sdpa: bool `(batch, 1, length, length)`; eager (and any other): the same shape in the
-    model's dtype, 0 where visible and the lowest finite number elsewhere.
-    """
-    implementation = decoder.config._attn_implementation
-    if implementation == "flex_attention":
+    """The rule in the form that the decoder's attention implementation takes: a `BlockMask` for flex_attention."""
+    if decoder.config._attn_implementation == "flex_attention":
         return block_mask(rule, *input_ids.shape, input_ids.device)
-    mask = dense_mask(rule, *input_ids.shape, input_ids.device)[:, None]
-    if implementation == "sdpa":
+    return as_attention_mask(decoder, dense_mask(rule, *input_ids.shape, input_ids.device))
+
+
+def as_attention_mask(decoder: nn.Module, seen: Tensor) -> Tensor:
+    """A bool mask `(batch, queries, keys)` as transformers takes it, `(batch, 1, queries, keys)`.
+
+    Bool for sdpa; for others in the model's dtype, 0 where visible and the lowest finite number elsewhere.
+    """
+    mask = seen[:, None]
+    if decoder.config._attn_implementation == "sdpa":
         return mask
     dtype = next(decoder.parameters()).dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -75,8 +95,7 @@ def patch(model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, 
     """
     if (cl_id is None or cr_id is None) == (rule is None):
         raise ValueError("patch needs either cl_id and cr_id, or rule=…")
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = causal_lm.get_decoder()
+    decoder = decoder_of(model)
     if hasattr(decoder, "_sentinel_patch"):
         raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
     return Patch(decoder, rule or KVCompression(cl_id, cr_id))

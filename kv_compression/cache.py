@@ -26,7 +26,7 @@ class SentinelLayer(DynamicLayer):
     """The keys and values of one layer, `(batch, heads, slots, head_dim)`; slots can leave."""
 
     def keep(self, rows: list[Tensor], slots: int) -> None:
-        """Keep the slots `rows[b]` of every row b, in their order, padded to `slots`; the storage of the rest is freed."""
+        """Keep the slots `rows[b]` of every row b, in order, padded to `slots`; the storage of the rest is freed."""
         self.keys = _kept(self.keys, rows, slots)
         self.values = _kept(self.values, rows, slots)
 
@@ -37,9 +37,7 @@ def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
     batch, heads, _, width = states.shape
     kept = states.new_zeros(batch, heads, slots, width)
     for row, index in enumerate(rows):
-        torch.index_select(states[row], 1, index, out=kept[row, :, : len(index)]) if len(index) == slots else kept[
-            row, :, : len(index)
-        ].copy_(states[row].index_select(1, index))
+        kept[row, :, : len(index)] = states[row].index_select(1, index)
     return kept
 
 
@@ -47,8 +45,8 @@ class SentinelCache(Cache):
     """Keys and values of what later tokens can still see, for a model under `attention.patch`.
 
     Rows of a batch may compress differently: they are padded on the right to the longest and masked. Lengths are
-    counted in keys per layer. `get_seq_length` counts the tokens read, as transformers' generation expects, `length` the
-    keys held.
+    counted in keys per layer. `get_seq_length` counts the tokens read, as transformers' generation expects, `length`
+    the keys held.
 
     With `cl_id` and `cr_id` the rule is KV compression; `rule` names any other. The patch must be of the same rule.
     """
@@ -158,7 +156,9 @@ class SentinelCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
         if not self._admitted:
-            raise ValueError("a SentinelCache works in a patched model only: use attention.patch or compressed_attention")
+            raise ValueError(
+                "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def settle(self) -> None:
@@ -193,12 +193,13 @@ class SentinelCache(Cache):
     def compress(self, first, last, model: nn.Module | None = None) -> None:
         """Fold a span of text that is already in the cache into one key, by reading <CL> and <CR> alone.
 
-        `first` and `last` are inclusive text positions (ints, or one per row; a row whose last is below its first is left
-        alone). Exactly what reading the span between sentinels would have left, if nothing was read since; tokens read
-        since have seen the span itself. `model` defaults to the one that filled the cache, which must still be patched.
-        Raises ValueError if the cache does not hold the whole span as plain text. (This project.)
+        `first` and `last` are inclusive text positions (ints, or one per row; a row whose last is below its first is
+        left alone). The cache is then exactly what reading the span between sentinels would have left, if nothing was
+        read since; tokens read since have seen the span itself. `model` defaults to the one that filled the cache,
+        which must still be patched. Raises ValueError if the cache does not hold the whole span as plain text. (This
+        project.)
         """
-        decoder = _decoder_of(model) if model is not None else self._decoder and self._decoder()
+        decoder = decoder_of(model) if model is not None else self._decoder and self._decoder()
         if not self.rule.uses_sentinels or decoder is None or not self.slots:
             raise ValueError("only a cache for KV compression that a model has filled can compress a span")
         batch, device = len(self.kinds), self.kinds.device
@@ -336,12 +337,11 @@ _SAVED = ("kinds", "positions", "real", "text_read", "digest")
 
 def _own_key(new: int, slots: int, device) -> Tensor:
     """Every new token's own key: bool `(new, slots)`."""
-    return torch.eye(new, dtype=torch.bool, device=device).new_zeros(new, slots).fill_diagonal_(False) | (
-        torch.arange(slots, device=device) == torch.arange(slots - new, slots, device=device)[:, None]
-    )
+    index = torch.arange(slots, device=device)
+    return index == index[slots - new :, None]
 
 
-def _decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     return causal_lm.get_decoder()
@@ -351,9 +351,9 @@ def _decoder_of(model: nn.Module) -> nn.Module:
 class Budget:
     """Keeps a cache small while text is generated: call `enforce` after every forward pass.
 
-    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest plain
-    text folded, up to `span_length` tokens at a time, but never the most recent `recent` ones. Folding leaves one key a
-    span, so where only `max_length` is left to keep, the oldest keys are dropped: memory is bounded, however much is
+    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest
+    plain text folded, `span_length` tokens at a time, but never the most recent `recent` ones. Folding leaves a key a
+    span, so where `max_length` cannot be kept by it the oldest keys are dropped: memory is bounded, however much is
     generated. At most 1 − 1/span_length of the text can be removed by folding. (This project.)
     """
 

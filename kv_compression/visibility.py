@@ -35,8 +35,8 @@ def kv_compression(input_ids: Tensor, cl_id: int, cr_id: int) -> MaskMod:
         e   1 1 . . . 1 1
 
     Two things decide what an earlier key is to a query:
-    - from `since[q]` on a query sees every key: a <CR> from its <CL>, a token inside a span from the span's first token,
-      any other token from itself;
+    - from `since[q]` on a query sees every key: a <CR> from its <CL>, a token inside a span from the span's first
+      token, any other token from itself;
     - `open[k]` keys, a <CR> or a text token outside all spans, are seen by every later text token.
 
     `input_ids` is long `(batch, length)`.

@@ -155,5 +155,5 @@ def test_what_a_patched_model_cannot_know_is_refused():
         with pytest.raises(ValueError, match="padding"):
             model(IDS, attention_mask=torch.ones(2, 1, 20, 20))
         cache = model(IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cache"):
+        with pytest.raises(ValueError, match="SentinelCache"):
             model(IDS, past_key_values=cache)

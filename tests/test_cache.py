@@ -1,0 +1,377 @@
+import random
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_compression.attention import compressed_attention
+from kv_compression.cache import Budget, SentinelCache
+from kv_compression.errors import RunError
+from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention
+from tests import slow_rules
+from tests.layouts import CL, CR, blocks
+from tests.models import random_model
+
+KV = KVCompression(CL, CR)
+RULES = [KV, LocalAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+MODELS = {
+    (architecture, dtype): random_model(architecture, "sdpa", dtype)
+    for architecture in ("gpt_neox", "llama", "opt")
+    for dtype in (torch.float32, torch.float64)
+}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+architectures = pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
+rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+
+
+def span_layout(length: int, seed: int) -> list[int]:
+    """A block with closed spans of 1 … 6 tokens between stretches of text."""
+    draw = random.Random(seed)
+    ids = []
+    while len(ids) < length:
+        piece = [draw.randint(3, 60) for _ in range(draw.randint(1, 6))]
+        ids += [CL, *piece, CR] if draw.random() < 0.5 else piece
+    return ids
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right with 0, and the mask that says so."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    real = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return ids, real
+
+
+@torch.no_grad()
+def in_chunks(model, ids, rule, chunks: list[int], real=None):
+    """Logits of chunked reading through a cache, and the cache."""
+    cache, logits, start = SentinelCache(rule=rule), [], 0
+    for size in chunks:
+        part = None if real is None else real[:, start : start + size]
+        logits.append(model(ids[:, start : start + size], attention_mask=part, past_key_values=cache).logits)
+        start += size
+        if start >= ids.shape[1]:
+            break
+    return torch.cat(logits, dim=1), cache
+
+
+def chunk_sizes(draw_from: int, length: int) -> list[int]:
+    draw = random.Random(draw_from)
+    return [draw.choice([1, 1, 2, 3, 5, 8, 13]) for _ in range(length)]
+
+
+@architectures
+@rules
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architecture, rule, dtype):
+    model = MODELS[architecture, dtype]
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        for seed in range(4):
+            ids = torch.tensor([span_layout(60, seed) if rule is KV else span_layout(60, seed)])
+            full = model(ids, use_cache=False).logits
+            logits, _ = in_chunks(model, ids, rule, chunk_sizes(seed, 99))
+            assert (logits - full).abs().max() < TOLERANCE[dtype]
+
+
+@architectures
+@rules
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
+    model = MODELS[architecture, dtype]
+    rows = [span_layout(length, length) for length in (20, 45, 60)]
+    ids, real = padded(rows)
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        logits, cache = in_chunks(model, ids, rule, chunk_sizes(7, 99), real)
+        for number, row in enumerate(rows):
+            alone = model(torch.tensor([row]), use_cache=False).logits[0]
+            assert (logits[number, : len(row)] - alone).abs().max() < TOLERANCE[dtype]
+        # Reading on: rows of different lengths go on with a token each.
+        more = torch.tensor([[5], [6], [7]])
+        after = model(more, past_key_values=cache).logits[:, -1]
+        for number, row in enumerate(rows):
+            alone = model(torch.tensor([row + more[number].tolist()]), use_cache=False).logits[0, -1]
+            assert (after[number] - alone).abs().max() < TOLERANCE[dtype]
+
+
+@settings(deadline=None, max_examples=60)
+@given(blocks(), st.integers(1, 9))
+def test_any_layout_in_any_chunks(ids, size):
+    """Blocks that begin or end inside a span, touching spans, no spans."""
+    model = MODELS["llama", torch.float64]
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        full = model(torch.tensor([ids]), use_cache=False).logits
+        logits, cache = in_chunks(model, torch.tensor([ids]), KV, [size] * 99)
+    assert (logits - full).abs().max() < 1e-9
+    still_open = sum(token == CL for token in ids) - sum(has_cl for *_, has_cl in slow_rules.spans_of(ids, CL, CR))
+    text = [token for token in ids if token not in (CL, CR)]
+    assert cache.length == len(text) - slow_rules.removed(ids, CL, CR) + still_open
+    assert cache.logical_length == len(text)
+    assert cache.get_seq_length() == len(ids)
+
+
+def test_memory_is_freed_in_proportion():
+    model = MODELS["gpt_neox", torch.float32]
+    sizes = {}
+    for spans in (0, 3, 6):
+        ids = [3] * 10 + [CL, *[4] * 9, CR] * spans + [5] * (9 * (6 - spans))
+        with compressed_attention(model, rule=KV):
+            _, cache = in_chunks(model, torch.tensor([ids]), KV, [16] * 99)
+        assert cache.length == 64 - 8 * spans
+        assert cache.removed_fraction == pytest.approx(8 * spans / 64)
+        for layer in cache.layers:
+            assert layer.keys.untyped_storage().nbytes() == layer.keys.shape[2] * 4 * 8 * 4  # heads · width · fp32
+        sizes[cache.length] = cache.bytes
+    assert len({size / length for length, size in sizes.items()}) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9])
+def test_local_attention_holds_the_window_at_every_step(ratio):
+    model, rule = MODELS["gpt_neox", torch.float32], LocalAttention(ratio=ratio)
+    cache = SentinelCache(rule=rule)
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        for step in range(40):
+            model(torch.tensor([[5]]), past_key_values=cache)
+            assert cache.positions[0].tolist() == list(range(int(step * ratio), step + 1))
+
+
+def test_peak_memory_of_chunked_prefill_follows_the_compressed_length():
+    model, most = MODELS["gpt_neox", torch.float32], 0
+    cache = SentinelCache(CL, CR)
+    ids = torch.tensor([[CL, *[4] * 10, CR] * 8])
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        for chunk in ids.split(12, dim=1):
+            model(chunk, past_key_values=cache)
+            most = max(most, cache.length)
+    assert most == 8
+
+
+@architectures
+def test_folding_a_span_that_was_just_read_equals_reading_it_between_sentinels(architecture):
+    model = MODELS[architecture, torch.float64]
+    text = list(range(10, 40))
+    marked = torch.tensor([[*text[:8], CL, *text[8:20], CR, *text[20:]]])
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        expected = model(marked, use_cache=False).logits[0, -10:]
+        cache = SentinelCache(CL, CR)
+        model(torch.tensor([text[:20]]), past_key_values=cache)
+        cache.compress(8, 19)
+        assert (cache.length, cache.logical_length, cache.get_seq_length()) == (9, 20, 20)
+        logits = model(torch.tensor([text[20:]]), past_key_values=cache).logits[0]
+    assert (logits - expected).abs().max() < 1e-9
+
+
+def test_rows_may_fold_different_spans_or_none():
+    model = MODELS["llama", torch.float64]
+    text = torch.randint(3, 60, (3, 24))
+    cache = SentinelCache(CL, CR)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        model(text, past_key_values=cache)
+        cache.compress([20, 14, 0], [23, 23, -1])
+        assert cache.lengths.tolist() == [21, 15, 24]
+        logits = model(torch.tensor([[7], [8], [9]]), past_key_values=cache).logits[:, -1]
+        for row, first in enumerate([20, 14, 24]):
+            ids = text[row].tolist()
+            marked = ids[:first] + ([CL, *ids[first:], CR] if first < 24 else []) + [7 + row]
+            expected = model(torch.tensor([marked]), use_cache=False).logits[0, -1]
+            assert (logits[row] - expected).abs().max() < 1e-9
+        with pytest.raises(ValueError, match="does not hold"):
+            cache.compress(20, 23)
+        with pytest.raises(ValueError, match="does not hold"):
+            cache.compress(0, 99)
+
+
+def greedy_by_recomputation(model, ids: list[int], steps: int) -> list[int]:
+    """Greedy tokens, every one from a full masked pass over all there is."""
+    ids = list(ids)
+    for _ in range(steps):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        logits[[CL, CR]] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[-steps:]
+
+
+GENERATION = {"max_new_tokens": 12, "suppress_tokens": [CL, CR], "pad_token_id": 0, "eos_token_id": 63}
+
+
+@architectures
+@rules
+def test_greedy_generation_agrees_with_recomputation(architecture, rule):
+    model = MODELS[architecture, torch.float64]
+    ids = span_layout(30, 5)
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        expected = greedy_by_recomputation(model, ids, 12)
+        out = model.generate(
+            torch.tensor([ids]), past_key_values=SentinelCache(rule=rule), do_sample=False, **GENERATION
+        )
+    found = out[0, len(ids) :].tolist()
+    assert found == expected[: len(found)]
+    assert len(found) == 12 or found[-1] == 63
+
+
+def test_generation_samples_and_searches_like_a_simulated_cache():
+    """Sampling and beams through a real cache and through the masked forward pass without any cache."""
+    model = MODELS["llama", torch.float64]
+    ids = torch.tensor([span_layout(24, 1)[:24], span_layout(24, 2)[:24]])
+    real = torch.ones_like(ids)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        for how in ({"do_sample": True, "top_p": 0.9}, {"num_beams": 3, "do_sample": False}):
+            outputs = []
+            for arguments in ({"past_key_values": SentinelCache(CL, CR)}, {"use_cache": False}):
+                transformers.set_seed(3)
+                outputs.append(model.generate(ids, attention_mask=real, **how, **arguments, **GENERATION))
+            assert torch.equal(*outputs)
+
+
+def test_generation_from_left_padded_prompts_and_from_a_kept_prefix():
+    model = MODELS["gpt_neox", torch.float64]
+    rows = [span_layout(18, 3), span_layout(30, 4)]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    real = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=real, past_key_values=SentinelCache(CL, CR), do_sample=False, **GENERATION
+        )
+        for number, row in enumerate(rows):
+            expected = greedy_by_recomputation(model, row, 12)
+            found = out[number, length:].tolist()
+            found = found[: found.index(63) + 1] if 63 in found else found
+            assert found == expected[: len(found)]
+
+        prefix = torch.tensor([rows[1][:20]])
+        cache = SentinelCache(CL, CR)
+        model(prefix, past_key_values=cache)
+        again = model.generate(torch.tensor([rows[1]]), past_key_values=cache, do_sample=False, **GENERATION)
+        assert again[0, len(rows[1]) :].tolist() == greedy_by_recomputation(model, rows[1], 12)[: len(again[0]) - 30]
+
+
+def test_rows_are_reordered_selected_and_repeated_with_all_that_is_known_of_them():
+    model = MODELS["gpt_neox", torch.float64]
+    rows = [span_layout(20, 8), span_layout(31, 9)]
+    ids, real = padded(rows)
+    more = torch.tensor([[5, 6]])
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        expected = [model(torch.tensor([row + [5, 6]]), use_cache=False).logits[0, -1] for row in rows]
+        for change, order in [
+            (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        ]:
+            _, cache = in_chunks(model, ids, KV, [9] * 99, real)
+            change(cache)
+            logits = model(more.expand(len(order), 2), past_key_values=cache).logits[:, -1]
+            for row, origin in enumerate(order):
+                assert (logits[row] - expected[origin]).abs().max() < 1e-9
+
+
+def test_crop_unreads_plain_tokens_and_refuses_others():
+    model = MODELS["llama", torch.float64]
+    ids = [5, 6, CL, 7, 8, CR, 9, 10, 11]
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        _, cache = in_chunks(model, torch.tensor([ids]), KV, [6, 3])
+        cache.crop(-2)
+        assert (cache.get_seq_length(), cache.logical_length, cache.length) == (7, 5, 4)
+        logits = model(torch.tensor([[12, 13]]), past_key_values=cache).logits[0, -1]
+        expected = model(torch.tensor([ids[:7] + [12, 13]]), use_cache=False).logits[0, -1]
+        assert (logits - expected).abs().max() < 1e-9
+        with pytest.raises(ValueError, match="only the last 3 tokens"):
+            cache.crop(-4)
+        cache.reset()
+        assert (cache.get_seq_length(), cache.length, cache.bytes, cache.removed_fraction) == (0, 0, 0, 0)
+        logits, _ = model(torch.tensor([ids]), past_key_values=cache).logits, None
+        assert (logits - model(torch.tensor([ids]), use_cache=False).logits).abs().max() < 1e-9
+
+
+@rules
+def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
+    model = MODELS["gpt_neox", torch.float64]
+    rows = [span_layout(20, 8), span_layout(31, 9)]
+    ids, real = padded(rows)
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        _, cache = in_chunks(model, ids, rule, [10] * 99, real)
+        cache.save(tmp_path / "prefix.safetensors")
+        loaded = SentinelCache.load(tmp_path / "prefix.safetensors")
+        assert (loaded.rule, loaded.bytes, loaded.length) == (rule, cache.bytes, cache.length)
+        assert loaded.get_seq_length() == cache.get_seq_length()
+        more = torch.tensor([[5, 6], [7, 8]])
+        expected = model(more, past_key_values=cache).logits
+        assert torch.equal(model(more, past_key_values=loaded).logits, expected)
+        if rule is KV:  # a model that did not fill the cache must be named
+            reread = SentinelCache.load(tmp_path / "prefix.safetensors")
+            with pytest.raises(ValueError, match="filled"):
+                reread.compress([0, 0], [-1, -1])
+            reread.compress([0, 0], [-1, -1], model)
+            assert torch.equal(model(more, past_key_values=reread).logits, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path):
+    model, path = MODELS["gpt_neox", torch.float32], tmp_path / "cache"
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, torch.tensor([span_layout(20, 8)]), KV, [10] * 99)
+    cache.save(path)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    damaged = [b"", whole[:50], whole[:-5], b"\xff" * 100, (tmp_path / "other").read_bytes()]
+    for _ in range(100):
+        changed = bytearray(whole)
+        changed[draw.randrange(700)] = draw.randrange(256)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            SentinelCache.load(path)
+        except RunError as error:
+            assert str(path) in str(error)
+    with pytest.raises(RunError):
+        SentinelCache.load(tmp_path / "missing")
+    with pytest.raises(RunError):
+        cache.save(tmp_path / "no" / "folder")
+
+
+@pytest.mark.parametrize(
+    ("budget", "bound"),
+    [
+        (Budget(max_length=24, span_length=6, recent=8), lambda text: 24),
+        (Budget(ratio=0.5, span_length=6), lambda text: text / 2 + 6),
+        (Budget(ratio=0.7, max_length=30, span_length=8), lambda text: min(0.3 * text + 8, 30)),
+    ],
+)
+def test_a_budget_bounds_the_cache_while_text_is_generated(budget, bound):
+    model = MODELS["gpt_neox", torch.float32]
+    cache = SentinelCache(CL, CR)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        model(torch.randint(3, 60, (2, 10)), past_key_values=cache)
+        for step in range(80):
+            logits = model(torch.randint(3, 60, (2, 1)), past_key_values=cache).logits
+            budget.enforce(cache)
+            assert logits.isfinite().all()
+            assert cache.length <= bound(11 + step)
+    assert cache.logical_length == 90
+    assert (cache.positions[0][-1] == 89) or bool((cache.positions[0] == 89).any())
+
+
+def test_misuse_is_refused():
+    model = MODELS["gpt_neox", torch.float32]
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="either"):
+        SentinelCache()
+    with pytest.raises(ValueError, match="patched model"):
+        model(ids, past_key_values=SentinelCache(CL, CR))
+    with pytest.raises(ValueError, match="filled"):
+        SentinelCache(CL, CR).compress(0, 1)
+    for arguments in ({}, {"ratio": 0.5, "span_length": 1}, {"max_length": 10, "span_length": 20}):
+        with pytest.raises(ValueError):
+            Budget(**arguments)
+    with compressed_attention(model, rule=KV):
+        with pytest.raises(ValueError, match="the cache is for"):
+            model(ids, past_key_values=SentinelCache(rule=LocalAttention(ratio=0.5)))
+        cache = SentinelCache(CL, CR)
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 1 rows"):
+            model(ids.repeat(2, 1), past_key_values=cache)
