@@ -3,28 +3,13 @@
 Parses flags, calls `kv_compression.experiment`, prints. `python run_clm.py --help` lists the flags.
 """
 
-import argparse
 import os
 import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from kv_compression.errors import run_script
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
-
-
-def ratio(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
-    return value
+from kv_compression.errors import Parser, ratio, run_script
 
 
 def parse(argv: list[str] | None = None) -> tuple[dict, bool]:

@@ -7,7 +7,7 @@ made per batch by the patched model.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +24,24 @@ SPLITS = ("train", "validation", "test")
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 
 
-def load_file(path: str, split: str) -> datasets.Dataset:
-    """The rows of a local .jsonl, .json, .txt (a row a line) or .csv file; all but .txt need a column "text"."""
-    file = Path(path)
+def load_file(path: str, split: str, flag: str | None = None) -> datasets.Dataset:
+    """The rows of a local .jsonl, .json, .txt (a row a line) or .csv file; all but .txt need a column "text".
+
+    `flag` is the one that named the file, for error messages (`<split>_file`).
+    """
+    file, source = Path(path), f"--{flag or f'{split}_file'} {path}"
     if file.suffix not in READERS:
-        raise UsageError(f"cannot read {path}: expected a file that ends in {', '.join(READERS)}")
+        raise UsageError(f"{source} cannot be read: expected a file that ends in {', '.join(READERS)}")
     if not file.is_file():
-        raise UsageError(f"--{split}_file {path}: no such file")
+        raise UsageError(f"{source}: no such file")
     if not file.stat().st_size:
-        raise UsageError(f"--{split}_file {path} is empty")
+        raise UsageError(f"{source} is empty")
     options = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
     try:
         rows = datasets.load_dataset(READERS[file.suffix], data_files={split: str(file)}, split=split, **options)
     except Exception as error:  # the readers raise whatever their parsers do
         reason = one_line(error.__cause__ or error)
-        raise RunError(f"--{split}_file {path} cannot be read as {file.suffix}: {reason}") from error
+        raise RunError(f"{source} cannot be read as {file.suffix}: {reason}") from error
     return with_text(rows, path)
 
 
@@ -56,6 +59,19 @@ def load_hub_split(name: str, config: str | None, split: str) -> datasets.Datase
             "embedded, which needs no network, or local files with --train_file and --test_file"
         ) from error
     return with_text(rows, name)
+
+
+def stream_c4(seed: int) -> Iterator[str]:
+    """The English validation documents of C4, streamed from the Hugging Face hub in an order fixed by the seed."""
+    try:
+        rows = datasets.load_dataset("allenai/c4", "en", split="validation", streaming=True)
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            yield row["text"]
+    except Exception as error:
+        raise RunError(
+            f"allenai/c4 could not be reached on the Hugging Face hub ({one_line(error)}): give local documents with "
+            "--docs_file"
+        ) from error
 
 
 def with_text(rows: datasets.Dataset, source: str) -> datasets.Dataset:

@@ -1,5 +1,6 @@
-"""The two ways in which a run ends because of what the user gave it, and how a script reports them."""
+"""How scripts and their users talk: flags, the two ways in which what a user gave ends a run, and how that is told."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -35,3 +36,18 @@ def run_script(main: Callable[[], None]) -> int:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors take one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+
+
+def ratio(text: str) -> float:
+    """The type of a flag that takes a compression ratio."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value

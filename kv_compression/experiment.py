@@ -6,10 +6,11 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import accelerate
+import peft
 import tensorboardX
 import torch
 import transformers
@@ -169,6 +170,27 @@ def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
     return tokenizer, model, getattr(model.config, "_commit_hash", None)
+
+
+def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, dict]:
+    """The tokenizer, the model with its adapter merged in and the results of a finished run of run_clm.py.
+
+    Merging happens in fp32; under bf16 the merged weights are rounded once.
+    """
+    results = read_results(Path(folder))
+    if results is None:
+        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    names = {field.name for field in fields(Settings)}
+    recorded = {name: value for name, value in results["settings"].items() if name in names}
+    settings = Settings(**recorded | {"mixed_precision": "no", "eval_only": True})
+    tokenizer, model, _ = load_model(settings)
+    if METHODS[settings.method].uses_sentinels:
+        add_sentinels(tokenizer, model)
+    try:
+        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    except Exception as error:  # the loader raises whatever its parsers do
+        raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
+    return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, results
 
 
 def check_length(model: nn.Module, block_size: int) -> None:

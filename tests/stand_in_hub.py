@@ -87,10 +87,10 @@ class _Handler(BaseHTTPRequestHandler):
                 continue
             kind = (match["kind"] or "models").strip("/")
             repository = f"{kind}/{match['owner']}/{match['name']}"
-            if repository in self.hub.broken:
-                return self._send(self.hub.broken[repository])
-            if not (self.hub.root / repository).is_dir():
-                return self._send(404, {"X-Error-Code": "RepoNotFound"})
+            found = (self.hub.root / repository).is_dir()
+            status = self.hub.broken.get(repository, 200 if found else 404)
+            if status != 200:
+                return self._send(status, {"X-Error-Code": "RepoNotFound"} if status == 404 else {})
             self.commit = self.hub.commit(repository)
             if (match["revision"] or "main") not in ("main", self.commit):
                 return self._send(404, {"X-Error-Code": "RevisionNotFound"})

@@ -1,0 +1,200 @@
+"""Claim 2, second half: score the continuations that generate_c4.py has written.
+
+Without arguments, every generation file below output/. Parses flags, calls `kv_compression.scoring`, prints a table.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from kv_compression.errors import Parser, RunError, UsageError, run_script
+
+METRICS = ("rouge_l", "bertscore", "perplexity")
+
+
+def parse():
+    """The flags of this script."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("paths", nargs="*", default=["output"], help="generation files, or folders to search (output)")
+    parser.add_argument("--bertscore_model", help="(paper: roberta-large; embedded: all-MiniLM-L6-v2)")
+    parser.add_argument("--fluency_model", help="(paper: EleutherAI/pythia-1b; embedded: SmolLM2-135M)")
+    parser.add_argument("--csv", help="where the table goes as CSV (scores.csv in the first folder)")
+    parser.add_argument("--overwrite", action="store_true", help="score files again that are scored already")
+    return parser.parse_args()
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The generation files that are named or lie below a named folder: those with an .about.json beside them."""
+    found = []
+    for name in paths:
+        path = Path(name)
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        below = sorted(path.rglob("*.about.json")) if path.is_dir() else []
+        found += [about.with_name(about.name.replace(".about.json", ".jsonl")) for about in below] or [path]
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise UsageError(f"no generation file in {', '.join(paths)}: generate_c4.py writes them")
+    return list(dict.fromkeys(files))
+
+
+def main() -> None:
+    """Score what is not scored yet, then show everything."""
+    flags = parse()
+    files = find_files(flags.paths)
+    from kv_compression import presets, records, results
+
+    scored, scorers = {}, {}
+    for path in files:
+        about = records.read_about(path) or {}
+        models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
+        target = scores_path(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
+        old = None if flags.overwrite else read_scores(target)
+        if old is None or any(old.get(name) != value for name, value in made_from.items()):
+            if models not in scorers:
+                scorers.clear()  # one pair of models at a time
+                scorers[models] = presets.load_scorers(models)
+            old = score(path, about, made_from, scorers[models])
+            results.write_json(target, old)
+        scored[path] = old
+        trouble = "; ".join(f"{count} {reason}" for reason, count in old["skipped"].items() if count)
+        if trouble:
+            print(f"{path}: not scored: {trouble}")
+    table = [row(path, scores) for path, scores in scored.items()]
+    print(render(table))
+    for line in comparisons(scored):
+        print(line)
+    folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
+    write_csv(Path(flags.csv or folder / "scores.csv"), table)
+
+
+def scores_path(path: Path) -> Path:
+    """scores.json beside generation.jsonl, scores_X.json beside X.jsonl."""
+    return path.with_name("scores.json" if path.stem == "generation" else f"scores_{path.stem}.json")
+
+
+def read_scores(path: Path) -> dict | None:
+    """Scores written before, None if there are none that can be read."""
+    import json
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and "documents" in content and "skipped" in content else None
+
+
+def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
+    """Everything that scores.json holds of one generation file."""
+    from kv_compression import records, scoring
+
+    lines, problems = records.read(path)
+    scores = scoring.score_records(lines, *scorers)
+    scores["skipped"]["half-written or damaged lines"] = len(problems)
+    scores["damaged_lines"] = problems
+    documents = scores["documents"]
+    estimates = {
+        metric: asdict(scoring.bootstrap([found[metric] for found in documents.values() if metric in found]))
+        for metric in METRICS
+    }
+    held = [r["cache_length"] / r["prefix_tokens"] for r in lines if r.get("cache_length") and r.get("prefix_tokens")]
+    return {
+        **{name: about.get(name) for name in ("method", "bound_ratio", "protocol", "preset", "documents_sha256")},
+        **made_from,
+        "num_documents": len(documents),
+        "cache_fraction": sum(held) / len(held) if held else None,
+        **estimates,
+        **scores,
+        "documents": {str(index): found for index, found in documents.items()},
+    }
+
+
+def row(path: Path, scores: dict) -> dict:
+    """One line of the table."""
+    line = {name: scores.get(name) for name in ("method", "bound_ratio", "num_documents", "cache_fraction")}
+    for metric in METRICS:
+        for name, value in scores[metric].items():
+            line[metric if name == "mean" else f"{metric}_{name}"] = value
+    return line | {"perplexity_token_weighted": scores["perplexity_token_weighted"], "file": str(path)}
+
+
+def render(table: list[dict]) -> str:
+    """The table as text: means with 95% confidence intervals."""
+
+    def cell(line, metric, digits):
+        if line[metric] is None:
+            return "-"
+        mean, low, high = (line[name] for name in (metric, f"{metric}_low", f"{metric}_high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    def number(value, digits=3):
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    head = ("method", "ratio", "documents", "cache", "ROUGE-L", "BERTScore", "perplexity", "token-weighted")
+    lines = [head] + [
+        (
+            str(line["method"]),
+            str(line["bound_ratio"]),
+            str(line["num_documents"]),
+            number(line["cache_fraction"]),
+            cell(line, "rouge_l", 4),
+            cell(line, "bertscore", 4),
+            cell(line, "perplexity", 1),
+            number(line["perplexity_token_weighted"], 1),
+        )
+        for line in sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0))
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def comparisons(scored: dict[Path, dict]) -> list[str]:
+    """For every two methods at one ratio on the same documents: the difference of means and its p-value."""
+    from kv_compression.scoring import paired_p_value
+
+    lines = []
+    for one, other in itertools.combinations(scored.values(), 2):
+        same = ("bound_ratio", "documents_sha256", "bertscore_model", "fluency_model")
+        if one["method"] == other["method"] or any(one.get(name) != other.get(name) for name in same):
+            continue
+        parts = []
+        for metric in METRICS:
+            both = [
+                (found[metric], other["documents"][index][metric])
+                for index, found in one["documents"].items()
+                if metric in found and metric in other["documents"].get(index, {})
+            ]
+            if both:
+                first, second = zip(*both)
+                difference = (sum(first) - sum(second)) / len(both)
+                parts.append(f"{metric} {difference:+.4f} (p = {paired_p_value(first, second):.4f})")
+        lines.append(f"{one['method']} − {other['method']} at {one['bound_ratio']}: {', '.join(parts)}")
+    return lines
+
+
+def write_csv(path: Path, table: list[dict]) -> None:
+    """The table with all its numbers."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    try:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

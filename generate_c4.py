@@ -1,0 +1,133 @@
+"""Claim 2, first half: continue the prefixes of C4 documents with a model that run_clm.py has fine-tuned.
+
+Parses flags, reads documents, calls `kv_compression.generation`, writes a line a document as it goes.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from kv_compression.errors import Parser, UsageError, ratio, run_script
+
+
+def parse() -> argparse.Namespace:
+    """The flags of this script."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_dir", required=True, help="the output folder of a run of run_clm.py")
+    add("--method", choices=["full_attention", "kv_compression", "local_attention", "scattered_attention"])
+    add("--bound_ratio", type=ratio, help="(method and ratio: those of the run)")
+    add("--docs_file", help=".jsonl, .json, .csv or .txt with documents (200 of allenai/c4 en, validation)")
+    add("--num_documents", type=int, default=200)
+    add("--prefix_words", type=int, default=128)
+    add("--continuation_words", type=int, default=64)
+    add("--num_continuations", type=int, default=8)
+    add("--top_p", type=float, default=0.9)
+    add("--max_span_length", type=int, help="(that of the run)")
+    add("--compress_generated", action="store_true", help="keep the ratio while text is generated, too")
+    add("--allow_eos", action="store_true", help="let a continuation end before its last word")
+    add("--batch_size", type=int, default=4, help="documents at a time")
+    add("--seed", type=int, default=0)
+    add("--mixed_precision", choices=["auto", "no", "bf16"], default="auto")
+    add("--output_file", help="(<model_dir>/generation.jsonl)")
+    add("--overwrite", action="store_true")
+    flags = parser.parse_args()
+    for name in ("num_documents", "prefix_words", "continuation_words", "num_continuations", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    if not 0 < flags.top_p <= 1:
+        raise UsageError(f"--top_p must be above 0 and at most 1, got {flags.top_p}")
+    if flags.seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {flags.seed}")
+    return flags
+
+
+def main() -> None:
+    """Generate what is missing."""
+    flags = parse()
+    import accelerate
+    from tqdm.auto import tqdm
+
+    from kv_compression import data, experiment, generation, presets, records
+    from kv_compression.attention import compressed_attention
+    from kv_compression.visibility import METHODS
+
+    precision = flags.mixed_precision
+    precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
+    tokenizer, model, results = experiment.load_run(flags.model_dir, precision)
+    method = METHODS[flags.method or results["method"]]
+    asked = results["bound_ratio"] if flags.bound_ratio is None else flags.bound_ratio
+    longest = flags.max_span_length or results["settings"]["max_span_length"]
+    ids = tokenizer.convert_tokens_to_ids(["<CL>", "<CR>"])
+    if method.uses_sentinels and None in ids:
+        raise UsageError(
+            f"{flags.model_dir} was trained with {results['method']}: it has no sentinels to compress with"
+        )
+    rule = method(*(ids if method.uses_sentinels else (-1, -1)), asked, flags.seed)
+    plan = data.SpanPlan(method.uses_sentinels, asked, longest, flags.seed)
+    sampler = generation.Sampler(
+        flags.continuation_words,
+        flags.num_continuations,
+        flags.top_p,
+        flags.seed,
+        flags.allow_eos,
+        flags.compress_generated,
+    )
+
+    texts = (
+        data.load_file(flags.docs_file, "test", "docs_file")["text"] if flags.docs_file else data.stream_c4(flags.seed)
+    )
+    documents = generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
+    text_hash = hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
+    about = {
+        "method": method.name,
+        "bound_ratio": asked,
+        "protocol": results["protocol"],
+        "preset": results["preset"],
+        "max_span_length": longest,
+        "model_dir": Path(flags.model_dir).name,
+        "batch_size": flags.batch_size,
+        "mixed_precision": precision,
+        "documents_sha256": text_hash,
+        "prefix_words": flags.prefix_words,
+        **asdict(sampler),
+    }
+    path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
+    done = records.continue_file(path, about, flags.overwrite)
+
+    model = model.to(accelerate.Accelerator().device)
+    batches = [documents[start : start + flags.batch_size] for start in range(0, len(documents), flags.batch_size)]
+    tokens = 0
+    with (
+        tqdm(total=len(documents), initial=len(done), desc="generating") as bar,
+        compressed_attention(model, rule=rule),
+        records.appending(path) as append,
+    ):
+        for batch in batches:
+            missing = {document.index for document in batch} - done
+            if not missing:
+                continue
+            # A batch is always sampled whole: rounding, and so a sample, may depend on who shares a batch.
+            for record in generation.continue_documents(
+                model, tokenizer, batch, rule, plan, sampler, about["protocol"]
+            ):
+                if record["index"] in missing:
+                    append(record)
+                    tokens += record["new_tokens"]
+                    bar.update()
+                    bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}")
+    kept = [record["cache_length"] / record["prefix_tokens"] for record in records.read(path)[0]]
+    print(
+        f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, in "
+        f"{path}; the cache held {sum(kept) / len(kept):.3f} keys a prefix token"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

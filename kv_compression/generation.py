@@ -1,0 +1,211 @@
+"""Nucleus sampling on a compressed cache: documents to prefixes to continuations.
+
+A prefix is read once, in chunks, and its continuations share what the cache kept of it. What is sampled for a document
+depends on the seed and the document's number alone, so an interrupted run continues as if it had not been.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TopPLogitsWarper
+
+from kv_compression.cache import Budget, SentinelCache
+from kv_compression.data import SpanPlan, mark_words
+from kv_compression.errors import UsageError
+from kv_compression.sentinels import insert_sentinels
+from kv_compression.spans import exact_spans
+from kv_compression.visibility import Rule
+
+# Runs of letters and digits, with apostrophes between letters or digits and points between digits.
+WORD = re.compile(r"[^\W_](?:[^\W_]|['’](?=[^\W_])|(?<=\d)\.(?=\d))*")
+CHECK_EVERY = 8  # steps between looks at whether all continuations have their words
+TOKENS_PER_WORD = 8  # more than any text needs: an upper bound on a continuation's tokens
+SALT = 0xC4  # keeps generation's spans apart from evaluation's
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document's number, its first words and the words that really follow."""
+
+    index: int
+    prefix: str
+    reference: str
+
+
+def cut_words(text: str, count: int) -> str | None:
+    """`text` up to the end of its word number `count`, None if it has fewer."""
+    end = None
+    for number, word in enumerate(WORD.finditer(text), start=1):
+        if number == count:
+            end = word.end()
+            break
+    return text[:end] if end is not None else None
+
+
+def split_document(index: int, text: str, prefix_words: int, continuation_words: int) -> Document | None:
+    """A text as prefix and reference, cut between words; None if it has too few words."""
+    whole, prefix = cut_words(text, prefix_words + continuation_words), cut_words(text, prefix_words)
+    if whole is None or prefix is None:
+        return None
+    return Document(index, prefix, whole[len(prefix) :])
+
+
+def pick(texts: Iterable[str], count: int, prefix_words: int, continuation_words: int) -> list[Document]:
+    """The first `count` texts that are long enough, as documents; UsageError if there is none."""
+    documents = []
+    for text in texts:
+        document = split_document(len(documents), text, prefix_words, continuation_words)
+        if document is not None:
+            documents.append(document)
+        if len(documents) == count:
+            break
+    if not documents:
+        raise UsageError(
+            f"no document has the {prefix_words + continuation_words} words of a prefix and a continuation"
+        )
+    return documents
+
+
+@torch.no_grad()
+def prefill(
+    model: nn.Module, input_ids: Tensor, cache: SentinelCache, attention_mask: Tensor | None = None, chunk: int = 128
+) -> Tensor:
+    """Read prefixes `(batch, length)`, padded on the right, into the cache in chunks.
+
+    Returns the logits behind every row's last token, `(batch, vocabulary)`. Peak memory follows what the cache keeps
+    and the chunk, not the length. (This project.)
+    """
+    batch, length = input_ids.shape
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    last = (real * torch.arange(length, device=real.device)).argmax(-1)
+    found = [None] * batch
+    for start in range(0, length, chunk):
+        part = real[:, start : start + chunk]
+        padding = None if attention_mask is None else part
+        logits = model(
+            input_ids=input_ids[:, start : start + chunk], attention_mask=padding, past_key_values=cache
+        ).logits
+        for row, position in enumerate(last.tolist()):
+            if start <= position < start + chunk:
+                found[row] = logits[row, position - start]
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How documents are continued: `words` words, `continuations` times each, by nucleus sampling with `top_p`."""
+
+    words: int = 64
+    continuations: int = 8
+    top_p: float = 0.9
+    seed: int = 0
+    allow_eos: bool = False
+    compress_generated: bool = False
+    chunk: int = 128
+
+
+def prefix_ids(document: Document, tokenizer, rule: Rule, plan: SpanPlan, protocol: str) -> list[int]:
+    """The prefix as token ids, its spans between sentinels where the method compresses.
+
+    Under `matched` the exact sampler works on tokens, under `paper` the published one on words.
+    """
+    rng = np.random.default_rng([plan.seed, SALT, document.index])
+    if rule.uses_sentinels and protocol == "paper":
+        return tokenizer(mark_words(document.prefix, plan, rng))["input_ids"]
+    tokens = tokenizer(document.prefix)["input_ids"]
+    if not rule.uses_sentinels:
+        return tokens
+    spans = exact_spans(len(tokens), plan.ratio, plan.max_span_length, rng)
+    return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id)
+
+
+@torch.no_grad()
+def continue_documents(
+    model: nn.Module,
+    tokenizer,
+    documents: Sequence[Document],
+    rule: Rule,
+    plan: SpanPlan,
+    sampler: Sampler,
+    protocol: str,
+) -> Iterator[dict]:
+    """Continue a batch of documents with a patched model; one record a document.
+
+    A record holds `index`, `prefix`, `reference`, `continuations` (texts), `prefix_tokens`, the `cache_length` (keys)
+    and `cache_bytes` that the cache holds of the prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
+    """
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    rows = [prefix_ids(document, tokenizer, rule, plan, protocol) for document in documents]
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    cache = SentinelCache(rule=rule)
+    padding = None if bool(real.all()) else real.to(device)
+    logits = prefill(model, input_ids.to(device), cache, padding, sampler.chunk)
+    lengths, slot_bytes = cache.lengths.tolist(), cache.bytes / (len(rows) * cache.slots)
+
+    cache.batch_repeat_interleave(sampler.continuations)
+    logits = logits.repeat_interleave(sampler.continuations, dim=0)
+    tokens = _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler)
+    texts = [_cut(tokenizer, row, sampler) for row in tokens.tolist()]
+    seconds = (time.perf_counter() - start) / len(rows)
+    for number, (document, row) in enumerate(zip(documents, rows)):
+        yield {
+            "index": document.index,
+            "prefix": document.prefix,
+            "reference": document.reference,
+            "continuations": texts[number * sampler.continuations : (number + 1) * sampler.continuations],
+            "prefix_tokens": int(rule.text(torch.tensor([row])).sum()),
+            "cache_length": lengths[number],
+            "cache_bytes": round(lengths[number] * slot_bytes),
+            "new_tokens": tokens.shape[1] * sampler.continuations,
+            "seconds": seconds,
+        }
+
+
+def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> Tensor:
+    """New tokens, long `(documents · continuations, steps)`; as many steps as the slowest row needs for its words."""
+    warp = TopPLogitsWarper(sampler.top_p)
+    generators = [torch.Generator().manual_seed(sampler.seed * 1_000_003 + document.index) for document in documents]
+    never = set(tokenizer.all_special_ids) | {rule.cl_id, rule.cr_id} - {-1}
+    never = sorted(never - ({tokenizer.eos_token_id} if sampler.allow_eos else set()))
+    budget = None
+    if sampler.compress_generated and rule.uses_sentinels and plan.ratio > 0:
+        budget = Budget(ratio=plan.ratio, span_length=plan.max_span_length)
+    steps = []
+    for step in range(1, sampler.words * TOKENS_PER_WORD + 1):
+        logits[:, never] = -torch.inf
+        weights = warp(None, logits.float()).softmax(-1).cpu()
+        drawn = [
+            torch.multinomial(part, 1, generator=generator)
+            for part, generator in zip(weights.split(sampler.continuations), generators)
+        ]
+        steps.append(torch.cat(drawn))
+        if step % CHECK_EVERY == 0 and _all_have_words(tokenizer, torch.cat(steps, dim=1), sampler):
+            break
+        logits = model(input_ids=steps[-1].to(logits.device), past_key_values=cache).logits[:, -1]
+        if budget is not None:
+            budget.enforce(cache)
+    return torch.cat(steps, dim=1)
+
+
+def _all_have_words(tokenizer, tokens: Tensor, sampler: Sampler) -> bool:
+    """Whether every row has begun a word behind the last wanted one, which is complete then, or has ended."""
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    ended = (tokens == tokenizer.eos_token_id).any(-1).tolist() if sampler.allow_eos else [False] * len(texts)
+    return all(end or cut_words(text, sampler.words + 1) is not None for text, end in zip(texts, ended))
+
+
+def _cut(tokenizer, tokens: list[int], sampler: Sampler) -> str:
+    """A row as text, up to end-of-text or its last wanted word."""
+    if sampler.allow_eos and tokenizer.eos_token_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return cut_words(text, sampler.words) or text

@@ -1,0 +1,90 @@
+"""Files of JSON lines that grow as work is done: appended durably, continued after a kill, read with care."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.results import write_json
+
+
+def about_path(path: Path) -> Path:
+    """The file beside `path` that says what made it."""
+    return path.with_suffix(".about.json")
+
+
+def read(path: Path) -> tuple[list[dict], list[str]]:
+    """The records of a file, and what is wrong with the lines that are none ("line 7: …"). RunError if unreadable."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+    records, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {one_line(error)}")
+        else:
+            records.append(record)
+    return records, problems
+
+
+def read_about(path: Path) -> dict | None:
+    """What made the file, None if that is not told."""
+    try:
+        about = json.loads(about_path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{about_path(path)} cannot be read: {one_line(error)}") from error
+    return about if isinstance(about, dict) else None
+
+
+def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
+    """Make ready to append to `path`; returns the `index` of every record that is there already.
+
+    A half-written last line is cut off. UsageError if the file was made by something else, unless `overwrite`, which
+    starts it anew.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder")
+    if path.exists() and not overwrite:
+        if read_about(path) != about:
+            raise UsageError(
+                f"{path} was made with other settings: choose another file, or replace it with --overwrite"
+            )
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            _try(path, lambda: os.truncate(path, len(whole)))
+        return {record["index"] for record in read(path)[0] if isinstance(record.get("index"), int)}
+    _try(path, lambda: (path.parent.mkdir(parents=True, exist_ok=True), path.unlink(missing_ok=True)))
+    write_json(about_path(path), about)
+    _try(path, path.touch)
+    return set()
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that appends a record as a line and sees it safely to the disk."""
+    with _try(path, lambda: path.open("ab")) as file:
+
+        def append(record: dict) -> None:
+            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+            _try(path, lambda: (file.write(line), file.flush(), os.fsync(file.fileno())))
+
+        yield append
+
+
+def _try(path: Path, action: Callable):
+    try:
+        return action()
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error

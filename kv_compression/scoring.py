@@ -1,0 +1,157 @@
+"""How good continuations are: ROUGE-L and BERTScore against the real text, fluency under a language model.
+
+The scores are the libraries' own; here they are only collected per document, averaged and compared.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from rouge_score.rouge_scorer import RougeScorer
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from kv_compression.errors import RunError, one_line
+
+RESAMPLES = 10_000
+
+
+def rouge_l(references: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    """ROUGE-L F1 of every pair, without stemming, 0 … 1."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return [scorer.score(ref, text)["rougeL"].fmeasure for ref, text in zip(references, continuations)]
+
+
+class BertScorer:
+    """BERTScore F1 with an encoder from the hub or a folder (`layers` of it, where bert-score does not know it)."""
+
+    def __init__(self, model: str, layers: int | None, device: torch.device, batch_size: int = 64):
+        import bert_score
+
+        try:
+            self.scorer = bert_score.BERTScorer(
+                model_type=model, num_layers=layers, batch_size=batch_size, device=str(device), use_fast_tokenizer=True
+            )
+        except Exception as error:  # loaders raise whatever their parsers do
+            raise RunError(f"the BERTScore model {model} could not be loaded ({one_line(error)})") from error
+        # Some encoders name no longest input; bert-score hands that to the tokenizer as a number it cannot hold.
+        tokenizer = self.scorer._tokenizer
+        positions = getattr(self.scorer._model.config, "max_position_embeddings", 512)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+
+    def __call__(self, references: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """F1 of every pair."""
+        return self.scorer.score(list(continuations), list(references))[2].tolist()
+
+
+class Fluency:
+    """Perplexity of texts under a causal language model, each on its own, its first token not predicted."""
+
+    def __init__(self, model: str, device: torch.device, batch_size: int = 16):
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # loaders raise whatever their parsers do
+            raise RunError(f"the fluency model {model} could not be loaded ({one_line(error)})") from error
+        self.model.to(device).eval()
+        self.device, self.batch_size = device, batch_size
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """Summed negative log-likelihood (nats) and number of predicted tokens of every text."""
+        ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of like length share a batch
+        scores: list[tuple[float, int]] = [(0.0, 0)] * len(ids)
+        for start in tqdm(range(0, len(order), self.batch_size), desc="fluency", leave=False):
+            batch = [number for number in order[start : start + self.batch_size] if len(ids[number]) > 1]
+            if not batch:
+                continue
+            length = max(len(ids[number]) for number in batch)
+            tokens = torch.zeros(len(batch), length, dtype=torch.long)
+            targets = torch.full_like(tokens, -100)
+            for row, number in enumerate(batch):
+                tokens[row, : len(ids[number])] = torch.tensor(ids[number])
+                targets[row, : len(ids[number]) - 1] = torch.tensor(ids[number][1:])
+            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+            losses = cross_entropy(logits.transpose(1, 2), targets.to(self.device), reduction="none").sum(-1)
+            for number, loss in zip(batch, losses.tolist()):
+                scores[number] = (loss, len(ids[number]) - 1)
+        return scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over documents and its 95% confidence interval (bootstrap over documents)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean of one value a document, with the interval that resampling documents gives."""
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        return Estimate(math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), size=(RESAMPLES, len(values)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def paired_p_value(first: Sequence[float], second: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p-value that two methods' scores on the same documents differ by chance alone.
+
+    A permutation test: the sign of every document's difference is flipped at random.
+    """
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if not len(differences):
+        return math.nan
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(differences)))
+    extreme = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
+    return float((extreme.sum() + 1) / (RESAMPLES + 1))
+
+
+def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -> dict:
+    """Scores of a generation file's records: per document, averaged over its continuations.
+
+    Returns `documents` (by index: rouge_l, bertscore, perplexity), `skipped` (what could not be scored, counted by
+    reason) and the token-weighted perplexity over all continuations. A document whose record is unusable, and an empty
+    continuation, is counted, not scored.
+    """
+    skipped = {"records without index, reference or continuations": 0, "empty continuations": 0, "too short": 0}
+    pairs: list[tuple[int, str, str]] = []
+    for record in records:
+        index, reference = record.get("index"), record.get("reference")
+        texts = record.get("continuations")
+        usable = isinstance(index, int) and isinstance(reference, str) and reference.strip() and isinstance(texts, list)
+        if not usable or not all(isinstance(text, str) for text in texts):
+            skipped["records without index, reference or continuations"] += 1
+            continue
+        skipped["empty continuations"] += sum(not text.strip() for text in texts)
+        pairs += [(index, reference, text) for text in texts if text.strip()]
+    references, texts = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+    losses = fluency(texts)
+    skipped["too short"] = sum(count == 0 for _, count in losses)
+    columns = {
+        "rouge_l": rouge_l(references, texts),
+        "bertscore": bert(references, texts) if texts else [],
+        "perplexity": [math.exp(min(loss / count, 700)) if count else None for loss, count in losses],
+    }
+    documents: dict[int, dict[str, float]] = {}
+    for index in sorted({pair[0] for pair in pairs}):
+        own = [number for number, pair in enumerate(pairs) if pair[0] == index]
+        document = {}
+        for name, values in columns.items():
+            found = [values[number] for number in own if values[number] is not None]
+            if found:
+                document[name] = sum(found) / len(found)
+        documents[index] = document
+    total = sum(count for _, count in losses)
+    weighted = math.exp(min(sum(loss for loss, _ in losses) / total, 700)) if total else None
+    return {"documents": documents, "skipped": skipped, "perplexity_token_weighted": weighted}
