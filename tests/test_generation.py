@@ -1,0 +1,156 @@
+import pytest
+import torch
+import transformers
+
+from kv_compression import generation
+from kv_compression.attention import compressed_attention
+from kv_compression.cache import SentinelCache
+from kv_compression.data import SpanPlan
+from kv_compression.errors import UsageError
+from kv_compression.sentinels import add_sentinels
+from kv_compression.visibility import METHODS, KVCompression, LocalAttention, Rule
+from tests import slow_rules
+from tests.conftest import sentences
+
+
+def words(text: str) -> list[str]:
+    return generation.WORD.findall(text)
+
+
+def test_words_are_runs_of_letters_digits_and_what_stands_inside_them():
+    text = "Don't pay £3.50 (or 1,000) for rock'n'roll... it’s e.g. naïve_x 'quoted' 7."
+    expected = ["Don't", "pay", "3.50", "or", "1", "000", "for", "rock'n'roll", "it’s", "e", "g", "naïve", "x"]
+    assert words(text) == [*expected, "quoted", "7"]
+
+
+def test_documents_are_cut_between_words():
+    text = "One two, three! four (five) six."
+    document = generation.split_document(7, text, 3, 2)
+    assert (document.index, document.prefix, document.reference) == (7, "One two, three", "! four (five")
+    assert generation.split_document(0, text, 3, 4) is None
+    picked = generation.pick(["too short", text, text, text], 2, 3, 2)
+    assert [document.index for document in picked] == [0, 1]
+    with pytest.raises(UsageError, match="no document has the 9 words"):
+        generation.pick([text], 2, 3, 6)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).double().eval()
+    return tokenizer, model, add_sentinels(tokenizer, model)
+
+
+def rule_of(loaded, method="kv_compression", ratio=0.5) -> Rule:
+    return METHODS[method](*loaded[2], ratio, 0)
+
+
+DOCUMENTS = generation.pick(sentences(3, seed=5), 3, 20, 10)
+SAMPLER = generation.Sampler(words=6, continuations=2, chunk=16)
+
+
+def generate(loaded, documents=DOCUMENTS, rule=None, sampler=SAMPLER, protocol="matched", ratio=0.5):
+    tokenizer, model, _ = loaded
+    rule = rule or rule_of(loaded, ratio=ratio)
+    plan = SpanPlan(rule.uses_sentinels, ratio, 10, 0)
+    with compressed_attention(model, rule=rule):
+        return list(generation.continue_documents(model, tokenizer, documents, rule, plan, sampler, protocol))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_records_hold_continuations_of_the_wanted_words(loaded, method):
+    found = generate(loaded, rule=rule_of(loaded, method))
+    assert [record["index"] for record in found] == [0, 1, 2]
+    for record, document in zip(found, DOCUMENTS):
+        assert (record["prefix"], record["reference"]) == (document.prefix, document.reference)
+        assert len(record["continuations"]) == 2
+        assert all(len(words(text)) == 6 for text in record["continuations"])
+        assert not any("<CL>" in text or "endoftext" in text for text in record["continuations"])
+        tokens = len(loaded[0](document.prefix)["input_ids"])
+        assert record["prefix_tokens"] == tokens
+        kept = {
+            "full_attention": tokens,
+            "kv_compression": tokens - round(tokens / 2),
+            "local_attention": tokens - int((tokens - 1) / 2),
+        }
+        if method in kept:
+            assert record["cache_length"] == kept[method]
+        assert record["cache_bytes"] == record["cache_length"] * 2 * 2 * 32 * 8  # layers · keys, values · width · fp64
+
+
+def test_a_sample_depends_on_seed_and_document_alone(loaded):
+    texts = [record["continuations"] for record in generate(loaded)]
+    assert [record["continuations"] for record in generate(loaded)] == texts
+    alone = generate(loaded, DOCUMENTS[1:2])
+    assert alone[0]["continuations"] == texts[1]
+    other = generation.Sampler(words=6, continuations=2, chunk=16, seed=1)
+    assert [record["continuations"] for record in generate(loaded, sampler=other)] != texts
+    assert texts[0][0] != texts[0][1]
+
+
+def test_chunks_do_not_show_in_what_is_generated(loaded):
+    texts = [record["continuations"] for record in generate(loaded)]
+    for chunk in (3, 500):
+        sampler = generation.Sampler(words=6, continuations=2, chunk=chunk)
+        assert [record["continuations"] for record in generate(loaded, sampler=sampler)] == texts
+
+
+def test_sampling_follows_the_masked_model(loaded):
+    """The first sampled token's distribution is the masked forward pass's, at every row's own length."""
+    tokenizer, model, (cl, cr) = loaded
+    rule = KVCompression(cl, cr, 0.5, 0)
+    plan = SpanPlan(True, 0.5, 10, 0)
+    rows = [generation.prefix_ids(document, tokenizer, rule, plan, "matched") for document in DOCUMENTS]
+    ids = torch.zeros(3, max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        logits = generation.prefill(model, ids, SentinelCache(rule=rule), real, chunk=7)
+        for number, row in enumerate(rows):
+            expected = model(torch.tensor([row]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits[number], expected)
+            text = len(tokenizer(DOCUMENTS[number].prefix)["input_ids"])
+            assert slow_rules.removed(row, cl, cr) == round(text / 2)
+
+
+def test_paper_protocol_marks_words_of_the_prefix(loaded):
+    tokenizer, _, (cl, _) = loaded
+    document = generation.pick(sentences(1, seed=5), 1, 36, 2)[0]
+    ids = generation.prefix_ids(document, tokenizer, rule_of(loaded), SpanPlan(True, 0.5, 10, 0), "paper")
+    space = tokenizer(" ")["input_ids"][0]
+    before = [ids[number - 1] for number in range(1, len(ids)) if ids[number] == cl]
+    assert before
+    assert set(before) == {space}
+
+
+def test_generated_text_is_compressed_on_request(loaded, monkeypatch):
+    caches = []
+
+    class Recorded(SentinelCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            caches.append(self)
+
+    monkeypatch.setattr(generation, "SentinelCache", Recorded)
+    for compress in (False, True):
+        generate(loaded, sampler=generation.Sampler(40, 2, chunk=16, compress_generated=compress))
+    lengths = [cache.length / cache.logical_length for cache in caches]
+    assert lengths[1] < 0.6 < lengths[0]
+
+
+def test_end_of_text_ends_a_continuation_only_if_it_may(loaded):
+    tokenizer, model, _ = loaded
+    eos = tokenizer.eos_token_id
+    bias = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.float64)
+    bias[eos] = 8.0  # nearly certain wherever it is allowed
+    handle = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output + bias)
+    try:
+        never = generate(loaded, rule=LocalAttention(ratio=0.5))
+        allowed = generate(
+            loaded, rule=LocalAttention(ratio=0.5), sampler=generation.Sampler(6, 4, chunk=16, allow_eos=True)
+        )
+    finally:
+        handle.remove()
+    assert all(len(words(text)) == 6 for record in never for text in record["continuations"])
+    assert any(len(words(text)) < 6 for record in allowed for text in record["continuations"])

@@ -1,0 +1,59 @@
+import pytest
+
+from kv_compression import records
+from kv_compression.errors import RunError, UsageError
+
+ABOUT = {"method": "kv_compression", "seed": 0}
+
+
+def test_records_are_appended_and_continued(tmp_path):
+    path = tmp_path / "new" / "generation.jsonl"
+    assert records.continue_file(path, ABOUT, overwrite=False) == set()
+    with records.appending(path) as append:
+        append({"index": 0, "text": "é\n"})
+        append({"index": 3})
+    assert records.continue_file(path, ABOUT, overwrite=False) == {0, 3}
+    assert records.read(path) == ([{"index": 0, "text": "é\n"}, {"index": 3}], [])
+    assert records.read_about(path) == ABOUT
+
+
+def test_a_half_written_line_is_cut_off_and_made_again(tmp_path):
+    path = tmp_path / "generation.jsonl"
+    records.continue_file(path, ABOUT, overwrite=False)
+    whole = b'{"index": 0}\n'
+    path.write_bytes(whole + b'{"index": 1, "te')
+    assert len(records.read(path)[1]) == 1
+    assert records.continue_file(path, ABOUT, overwrite=False) == {0}
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_other_settings_is_kept_unless_overwritten(tmp_path):
+    path = tmp_path / "generation.jsonl"
+    records.continue_file(path, ABOUT, overwrite=False)
+    path.write_text('{"index": 0}\n')
+    with pytest.raises(UsageError, match="--overwrite"):
+        records.continue_file(path, ABOUT | {"seed": 1}, overwrite=False)
+    assert path.read_text() == '{"index": 0}\n'
+    assert records.continue_file(path, ABOUT | {"seed": 1}, overwrite=True) == set()
+    assert path.read_text() == ""
+
+
+def test_damaged_lines_are_named(tmp_path):
+    path = tmp_path / "generation.jsonl"
+    path.write_bytes(b'{"index": 0}\n\n{"index"\n[1]\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"index": 1}')
+    found, problems = records.read(path)
+    assert [record["index"] for record in found] == [0, 1]
+    assert [problem.split(":")[0] for problem in problems] == ["line 3", "line 4", "line 5", "line 6"]
+
+
+def test_what_cannot_be_read_or_written_is_named(tmp_path):
+    with pytest.raises(RunError, match="missing"):
+        records.read(tmp_path / "missing")
+    with pytest.raises(UsageError, match="folder"):
+        records.continue_file(tmp_path, ABOUT, overwrite=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        records.continue_file(tmp_path / "file" / "below.jsonl", ABOUT, overwrite=False)
+    (tmp_path / "x.about.json").write_text("{")
+    with pytest.raises(RunError, match="x.about.json"):
+        records.read_about(tmp_path / "x.jsonl")
