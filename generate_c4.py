@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 from kv_compression.errors import Parser, UsageError, ratio, run_script
 
@@ -23,7 +24,7 @@ def parse() -> argparse.Namespace:
     add("--model_dir", required=True, help="the output folder of a run of run_clm.py")
     add("--method", choices=["full_attention", "kv_compression", "local_attention", "scattered_attention"])
     add("--bound_ratio", type=ratio, help="(method and ratio: those of the run)")
-    add("--docs_file", help=".jsonl, .json, .csv or .txt with documents (200 of allenai/c4 en, validation)")
+    add("--docs_file", help=".jsonl, .json, .csv or .txt (allenai/c4 en, validation; embedded preset: its test text)")
     add("--num_documents", type=int, default=200)
     add("--prefix_words", type=int, default=128)
     add("--continuation_words", type=int, default=64)

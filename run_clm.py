@@ -8,6 +8,7 @@ import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 from kv_compression.errors import Parser, ratio, run_script
 
@@ -55,14 +56,20 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
 def main() -> None:
     """Run what the flags ask for, or show the same run's results if they are there."""
     flags, overwrite = parse()
+    from accelerate import PartialState
+
     from kv_compression import experiment, presets, results
 
+    def say(line: str) -> None:
+        if PartialState().is_main_process:
+            print(line, flush=True)
+
     settings = presets.resolve(flags)
-    print(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}", flush=True)
+    say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
     found = experiment.finished(settings, overwrite)
     if found is not None:
-        print("this run is finished already; --overwrite runs it again")
-    print(results.summary(found or experiment.run(settings)))
+        say("this run is finished already; --overwrite runs it again")
+    say(results.summary(found or experiment.run(settings)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The style checks and all tests: sh run_tests.sh [any pytest flag]
 . "$(dirname -- "$0")/environment.sh"
-find_python pytest hypothesis ruff
+# shellcheck disable=SC2086,SC2154
+find_python $embedded $scoring pytest hypothesis ruff
 cd "$here" || exit
 "$python" -m ruff check . && "$python" -m ruff format --check . && exec "$python" -m pytest "$@"

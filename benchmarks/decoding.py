@@ -161,7 +161,8 @@ def measure(model, length: int, steps: int) -> list[dict]:
         entry["step_s"] = decode(model, cache, steps)
         rows.append(entry)
         for name, press in presses().items() if ratio else ():
-            cache = pressed(model, tokens, press(compression_ratio=1 - kept / length))
+            same = press(compression_ratio=1 - kept / length)
+            cache = pressed(model, tokens, same)
             entry = row(name, ratio, length, cache.layers[0].keys.shape[2], bytes_of(cache))
             entry["prefill_s"] = seconds(
                 lambda press=press, kept=kept: pressed(model, tokens, press(compression_ratio=1 - kept / length)),

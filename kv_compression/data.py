@@ -6,12 +6,14 @@ every method; spans are drawn on a block's tokens, and sentinels come on top. On
 made per batch by the patched model.
 """
 
+import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, next_
 from kv_compression.spans import exact_spans, paper_spans
 
 SPLITS = ("train", "validation", "test")
+OFFLINE = "--preset embedded, which needs no network, or local files"
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 
 
@@ -38,39 +41,59 @@ def load_file(path: str, split: str, flag: str | None = None) -> datasets.Datase
         raise UsageError(f"{source} is empty")
     options = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
     try:
-        rows = datasets.load_dataset(READERS[file.suffix], data_files={split: str(file)}, split=split, **options)
+        rows = datasets.load_dataset(
+            READERS[file.suffix], data_files={split: glob.escape(str(file))}, split=split, **options
+        )
     except Exception as error:  # the readers raise whatever their parsers do
         reason = one_line(error.__cause__ or error)
+        if "no data" in reason:
+            raise UsageError(f"{source} holds no text") from error
         raise RunError(f"{source} cannot be read as {file.suffix}: {reason}") from error
     return with_text(rows, path)
 
 
+def check_hub(name: str, kind: str, instead: str) -> None:
+    """Raise RunError unless the hub answers for a "model" or "dataset"; says nothing where the user works offline.
+
+    Asked once and briefly: the libraries' own downloads try again for a minute before they give up. `instead` says
+    which flags take something local.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except Exception as error:
+        raise RunError(
+            f"the {kind} {name} could not be reached on the Hugging Face hub ({one_line(error)}): use {instead}; "
+            "HF_HUB_OFFLINE=1 uses what was downloaded before"
+        ) from error
+
+
 def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:
-    """One split of a dataset on the Hugging Face hub, None if it has no such split."""
+    """One split of a dataset on the Hugging Face hub, or in a local folder, None if it has no such split."""
+    if not Path(name).exists():
+        check_hub(
+            name, "dataset", "--preset embedded, which needs no network, or local files with --train_file, --test_file"
+        )
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except ValueError as error:
+    except Exception as error:  # the readers raise whatever their parsers do
         if "Unknown split" in str(error):
             return None
         raise RunError(f"the dataset {name} cannot be loaded: {one_line(error)}") from error
-    except Exception as error:
-        raise RunError(
-            f"the dataset {name} could not be reached on the Hugging Face hub ({one_line(error)}): use --preset "
-            "embedded, which needs no network, or local files with --train_file and --test_file"
-        ) from error
     return with_text(rows, name)
 
 
 def stream_c4(seed: int) -> Iterator[str]:
     """The English validation documents of C4, streamed from the Hugging Face hub in an order fixed by the seed."""
+    check_hub("allenai/c4", "dataset", "local documents with --docs_file")
     try:
         rows = datasets.load_dataset("allenai/c4", "en", split="validation", streaming=True)
         for row in rows.shuffle(seed=seed, buffer_size=10_000):
             yield row["text"]
     except Exception as error:
         raise RunError(
-            f"allenai/c4 could not be reached on the Hugging Face hub ({one_line(error)}): give local documents with "
-            "--docs_file"
+            f"allenai/c4 cannot be read ({one_line(error)}): give local documents with --docs_file"
         ) from error
 
 
@@ -111,6 +134,7 @@ def tokenize(rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | Non
         batched=True,
         with_indices=True,
         fn_kwargs=arguments,
+        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int64"))}),
         remove_columns=rows.column_names,
         num_proc=num_workers if num_workers and num_workers > 1 else None,
         desc=f"tokenizing {split}",

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import accelerate
+import huggingface_hub
 import peft
 import tensorboardX
 import torch
@@ -18,13 +19,23 @@ from torch import nn
 
 from kv_compression import presets
 from kv_compression.attention import compressed_attention
-from kv_compression.data import SPLITS, Blocks, SpanPlan, cut_blocks, load_file, load_hub_split, tokenize
+from kv_compression.data import (
+    OFFLINE,
+    SPLITS,
+    Blocks,
+    SpanPlan,
+    check_hub,
+    cut_blocks,
+    load_file,
+    load_hub_split,
+    tokenize,
+)
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.perplexity import evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.sentinels import add_sentinels
-from kv_compression.training import add_lora, lora_targets, train
+from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, train
 from kv_compression.visibility import METHODS, Rule
 
 log = logging.getLogger(__name__)
@@ -40,6 +51,9 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file")
+    foreign = [path.name for path in folder.iterdir() if not _made_by_a_run(path)] if folder.is_dir() else []
+    if foreign:
+        raise UsageError(f"{folder} holds other files ({', '.join(foreign[:3])}): choose another --output_dir")
     if overwrite:
         return None
     results = read_results(folder)
@@ -51,12 +65,17 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
             f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
             "or replace them with --overwrite"
         )
-    if folder.is_dir() and any(name.name not in _OWN_FILES for name in folder.iterdir()):
-        raise UsageError(f"{folder} holds other files: choose another --output_dir, or replace them with --overwrite")
     return None
 
 
-_OWN_FILES = {"train.log", "tensorboard"}
+_MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
+_MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
+_MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json")  # by the scripts of claim 2
+
+
+def _made_by_a_run(path: Path) -> bool:
+    patterns = _MADE_BY_A_RUN + _MADE_BY_TOKENIZERS + _MADE_OF_A_RUN
+    return any(path.match(pattern) for pattern in patterns)
 
 
 def _differences(old, new: dict) -> str:
@@ -66,21 +85,23 @@ def _differences(old, new: dict) -> str:
 
 
 def run(settings: Settings) -> dict:
-    """Carry out a run and return what its results.json holds. Replaces what the output folder held."""
+    """Carry out a run and return what its results.json holds.
+
+    What an earlier run left in the output folder is replaced once model and data are there.
+    """
     start = time.perf_counter()
     transformers.set_seed(settings.seed)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     folder = Path(settings.output_dir)
+    tokenizer, model, revision = load_model(settings)
+    check_length(model, settings.block_size)
+    targets = lora_targets(model, settings.lora_target_modules)
+    rule, splits = prepare(settings, tokenizer, model, accelerator)
     if accelerator.is_main_process:
         _clear(folder)
         _log_to(folder / "train.log")
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
-
-    tokenizer, model, revision = load_model(settings)
-    check_length(model, settings.block_size)
-    rule, splits = prepare(settings, tokenizer, model, accelerator)
-    targets = lora_targets(model, settings.lora_target_modules)
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
     model = add_lora(model, targets, settings.r, sentinel_ids).to(accelerator.device)
 
@@ -126,6 +147,9 @@ def run(settings: Settings) -> dict:
         "wall_seconds": time.perf_counter() - start,
         "settings": settings.identity(),
         "lora_target_modules": targets,
+        "lora_alpha": LORA_ALPHA,
+        "lora_dropout": LORA_DROPOUT,
+        "optimizer": OPTIMIZER,
         "model": settings.model_name_or_path,
         "model_revision": revision,
         "sentinels": {"cl_id": rule.cl_id, "cr_id": rule.cr_id} if rule.uses_sentinels else None,
@@ -152,24 +176,28 @@ def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase
     name = settings.model_name_or_path
     local = presets.embedded_model() if name == EMBEDDED else name
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    if os.path.isdir(local):
-        reason = f"the model folder {local} cannot be loaded"
-        advice = "it needs config.json, safetensors weights and a tokenizer"
-    else:
-        reason = f"the model {name} could not be reached on the Hugging Face hub"
-        advice = "use --preset embedded, which needs no network, or a local folder with --model_name_or_path"
+    if local.startswith(("/", ".", "~")) and not os.path.isdir(local):
+        raise UsageError(f"--model_name_or_path {local}: no such folder")
+    if not os.path.isdir(local):
+        check_hub(local, "model", f"{OFFLINE} with --model_name_or_path")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(local, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             local, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
     except Exception as error:  # loaders raise whatever their parsers do
-        raise RunError(f"{reason} ({one_line(error)}): {advice}") from error
+        raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
     if settings.attn_implementation == "flex_attention" and not torch.cuda.is_available() and not settings.eval_only:
         raise UsageError("flex_attention cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
-    return tokenizer, model, getattr(model.config, "_commit_hash", None)
+    return tokenizer, model, None if os.path.isdir(local) else _commit(name)
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a hub model that has just been loaded, from where it lies in the hub's cache."""
+    path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, dict]:
@@ -243,10 +271,10 @@ def device_name(device: torch.device) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Make `folder` and empty it. RunError if that cannot be."""
+    """Make `folder` and take what an earlier run made out of it. RunError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
+        for path in filter(_made_by_a_run, list(folder.iterdir())):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error

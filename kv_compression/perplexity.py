@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Evaluation:
     removed_fraction: float
     attended_fraction: float
     seconds: float
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,14 +72,15 @@ def evaluate(model, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int,
         labels = batch.pop("labels")
         with accelerator.autocast():
             logits = model(**batch, use_cache=False).logits
-        losses = token_loss(logits, labels).double().sum().item()
+        losses = token_loss(logits, labels).cpu().double().sum().item()  # not every device has float64
         count = int((labels != IGNORED).sum())
         nll, targets = nll + losses, targets + count
         batch_nll, num_batches = batch_nll + losses / count, num_batches + 1
     counts = [nll, targets, batch_nll, num_batches, *cost]
-    totals = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
-    nll, targets, batch_nll, num_batches, *cost = accelerator.reduce(totals).tolist()
-    cost = MaskCost(*cost)
+    if accelerator.num_processes > 1:
+        counts = accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=accelerator.device)).tolist()
+    nll, targets, batch_nll, num_batches, *cost = counts
+    cost = MaskCost(*map(int, cost))
     per_token = nll / targets
     mean = batch_nll / num_batches if protocol == "paper" else per_token
     return Evaluation(

@@ -82,6 +82,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}")
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed must be below 2^32, got {self.seed}")
+        if self.method == "full_attention" and self.bound_ratio:
+            raise UsageError("full attention compresses nothing: leave --bound_ratio away")
+        if self.protocol == "paper" and self.block_size < 8:
+            raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
         if self.method == "kv_compression" and self.protocol == "matched":
@@ -137,7 +143,7 @@ def choose_preset(asked: str) -> tuple[str, str]:
 def has_bf16() -> bool:
     """Whether this machine computes in bf16: a CUDA GPU or a CPU that reports it."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(cpu())
 
@@ -230,10 +236,11 @@ def embedded_model() -> str:
         transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)
         os.replace(partial, folder)
     except OSError as error:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
         if not folder.is_dir():  # another process may have been faster
             raise RunError(f"the embedded model could not be unpacked into {folder}: {error}") from error
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     return str(folder)
 
 

@@ -53,7 +53,7 @@ def span_bounds(input_ids: Tensor, cl_id: int, cr_id: int) -> tuple[Tensor, Tens
     For every token of a span, its <CL> and its <CR> too, `first` is the index of the <CL> (0 where the block begins
     inside the span) and `last` the index of the <CR>. Both are -1 for a token that is in no span: text between spans
     and text behind a <CL> that is never closed. A <CL> that is not followed by a <CR> before the next <CL> opens
-    nothing; a <CR> straight behind another <CR>'s text closes nothing and is a span of its own.
+    nothing; a <CR> that no <CL> opens closes an empty span, unless it is the block's first sentinel.
     """
     length = input_ids.shape[-1]
     index = torch.arange(length, device=input_ids.device).expand_as(input_ids)

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from kv_compression.attention import Patch
 from kv_compression.data import Blocks
@@ -26,6 +27,8 @@ from kv_compression.sentinels import IGNORED
 
 log = logging.getLogger(__name__)
 
+LORA_ALPHA, LORA_DROPOUT = 32, 0.05
+OPTIMIZER = {"name": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION_PROJECTIONS = {  # by transformers' model_type
     "gpt_neox": ("query_key_value", "dense"),
@@ -38,7 +41,7 @@ ATTENTION_PROJECTIONS = {  # by transformers' model_type
 def lora_targets(model: nn.Module, named: tuple[str, ...] | None) -> list[str]:
     """The modules that LoRA adapts: those `named`, else the attention projections of a known architecture."""
     linear = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         - {"lm_head", "embed_out"}
     )
     if named:
@@ -66,8 +69,8 @@ def add_lora(model: nn.Module, targets: list[str], r: int, sentinel_ids: tuple[i
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
-        lora_alpha=32,
-        lora_dropout=0.05,
+        lora_alpha=LORA_ALPHA,
+        lora_dropout=LORA_DROPOUT,
         bias="none",
         target_modules=targets,
         trainable_token_indices=list(sentinel_ids) or None,
@@ -147,7 +150,8 @@ def train(model: nn.Module, blocks: Blocks, patch: Patch, accelerator, settings:
     """
     schedule = Schedule(settings, len(blocks), accelerator.num_processes)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    recipe = {name: value for name, value in OPTIMIZER.items() if name != "name"}
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, **recipe)
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = transformers.get_scheduler(
         settings.lr_scheduler_type,

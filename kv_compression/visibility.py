@@ -319,14 +319,18 @@ class LocalAttention(Rule):
         return torch.full_like(input_ids[:, 0], int((length - 1) * self.ratio))
 
     def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
-        first = (positions[:, -new:].double() * self.ratio).floor().long()
+        first = self._first(positions[:, -new:])
         return _last_rows(causal, kinds, new) & (first[:, :, None] <= positions[:, None, :])
 
     def may_drop(self, new_kinds: Tensor) -> bool:
         return True
 
     def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
-        return (positions[:, -1:].double() * self.ratio).floor().long() <= positions
+        return self._first(positions[:, -1:]) <= positions
+
+    def _first(self, positions: Tensor) -> Tensor:
+        """The first position that a query sees; in double precision, which not every device has."""
+        return (positions.cpu().double() * self.ratio).floor().long().to(positions.device)
 
 
 class ScatteredAttention(Rule):

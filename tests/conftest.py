@@ -7,6 +7,7 @@ import shutil
 import tempfile
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["ACCELERATE_USE_CPU"] = "1"  # the tests keep their models on the CPU, and compare with them
 CACHE = tempfile.mkdtemp(prefix="kv-compression-tests-")  # no test reads or fills the user's caches
 os.environ["HF_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

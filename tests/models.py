@@ -10,6 +10,9 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(
         intermediate_size=64, num_key_value_heads=2, max_position_embeddings=96, **COMMON, **ENDS
     ),
+    "wide_llama": transformers.LlamaConfig(  # heads as wide as compiled FlexAttention takes them
+        intermediate_size=64, max_position_embeddings=96, **COMMON | {"hidden_size": 64}, **ENDS
+    ),
     "opt": transformers.OPTConfig(
         ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, max_position_embeddings=96, **COMMON, **ENDS
     ),

@@ -6,7 +6,7 @@ from math import floor
 def spans_of(ids: list[int], cl: int, cr: int) -> list[tuple[int, int, int]]:
     """Spans as (first token or <CL>, index of the <CR>, whether there is a <CL>) in a block's order.
 
-    A <CR> without a <CL> closes a span from the block's first token on; a later one without a <CL> closes nothing.
+    A <CR> without a <CL> closes a span from the block's first token on; a later one without a <CL> an empty span.
     """
     spans, opened, seen_sentinel = [], None, False
     for index, token in enumerate(ids):
@@ -15,8 +15,8 @@ def spans_of(ids: list[int], cl: int, cr: int) -> list[tuple[int, int, int]]:
         elif token == cr:
             if opened is not None:
                 spans.append((opened, index, True))
-            elif not seen_sentinel:
-                spans.append((0, index, False))
+            else:
+                spans.append((index if seen_sentinel else 0, index, False))
             opened, seen_sentinel = None, True
     return spans
 

@@ -69,7 +69,7 @@ def test_compiled_flex_attention_agrees_on_a_gpu():
     ids = IDS.repeat(1, 4).cuda()
     results = []
     for implementation in ("sdpa", "flex_attention"):
-        model = random_model("llama", implementation).cuda()
+        model = random_model("wide_llama", implementation).cuda()
         with compressed_attention(model, CL, CR):
             logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()

@@ -69,7 +69,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
     model = MODELS[architecture, dtype]
     with compressed_attention(model, rule=rule), torch.no_grad():
         for seed in range(4):
-            ids = torch.tensor([span_layout(60, seed) if rule is KV else span_layout(60, seed)])
+            ids = torch.tensor([span_layout(60, seed)])
             full = model(ids, use_cache=False).logits
             logits, _ = in_chunks(model, ids, rule, chunk_sizes(seed, 99))
             assert (logits - full).abs().max() < TOLERANCE[dtype]

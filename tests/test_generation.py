@@ -13,6 +13,12 @@ from tests import slow_rules
 from tests.conftest import sentences
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """An untrained model takes many tokens to hit on a word."""
+    monkeypatch.setattr(generation, "TOKENS_PER_WORD", 100)
+
+
 def words(text: str) -> list[str]:
     return generation.WORD.findall(text)
 

@@ -125,7 +125,7 @@ def test_a_hub_out_of_reach_is_told_in_one_line(closed_endpoint, tmp_path):
     error = only_error(call(closed_endpoint, tmp_path / "cache", tmp_path / "output"))
     assert MODEL in error
     assert "--preset embedded" in error
-    assert "a local folder with --model_name_or_path" in error
+    assert "local files with --model_name_or_path" in error
 
 
 @pytest.mark.parametrize("status", [404, 500])

@@ -8,7 +8,7 @@ from kv_compression.errors import RunError, UsageError
 def gpu(monkeypatch, memory):
     properties = type("Properties", (), {"total_memory": memory})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: memory is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 

@@ -151,7 +151,8 @@ def test_a_folder_with_other_files_is_not_emptied(call, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     status, _, errors = call("--output_dir", "mine")
     assert status == 2
-    assert "--overwrite" in errors[0]
+    assert "thesis.txt" in errors[0]
+    assert call("--output_dir", "mine", "--overwrite")[0] == 2
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 

@@ -102,16 +102,24 @@ def test_an_environment_is_made_once_if_the_active_python_lacks_packages(project
     assert "Setting up" in again().stderr
 
 
-def test_quickstart_runs_what_is_missing_and_shows_the_table(project, tmp_path):
-    _, calls = project("quickstart.sh", "0.3")
-    runs, table = calls[:-1], calls[-1]
+def test_quickstart_runs_what_is_missing_and_keeps_its_summary(project, tmp_path):
+    done, calls = project("quickstart.sh", "0.3")
+    runs, generations, (table, scores) = calls[:4], calls[4:8], calls[8:]
+    assert done.stdout.splitlines()[0].startswith("Claim 1")
     assert [call.split()[4] for call in runs] == ["full_attention", *METHODS]
     assert all("--preset embedded" in call for call in runs)
     assert [call.split()[6] for call in runs] == ["0.0", "0.3", "0.3", "0.3"]
     folders = [call.split()[-1] for call in runs]
     assert table == "-m kv_compression.results " + " ".join(folders)
+    assert [call.split()[2] for call in generations] == folders
+    assert scores.split()[1:5] == [f"{folder}/generation.jsonl" for folder in folders]
+    again, calls = project("quickstart.sh", "0.3")
+    assert calls == []
+    assert again.stdout == done.stdout
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "results.json").write_text("{}")
-    assert project("quickstart.sh", "0.3")[1] == [table]
+    (tmp_path / "output/embedded/quickstart/summary_0.3.txt").unlink()
+    assert project("quickstart.sh", "0.3")[1] == [*generations, table, scores]
     assert project("quickstart.sh", "0.4", status=1)[0].returncode == 1
+    assert not list(tmp_path.glob("output/embedded/quickstart/summary_0.4*"))
