@@ -81,9 +81,12 @@ def main() -> None:
         flags.compress_generated,
     )
 
-    texts = (
-        data.load_file(flags.docs_file, "test", "docs_file")["text"] if flags.docs_file else data.stream_c4(flags.seed)
-    )
+    if flags.docs_file:
+        texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
+    elif results["preset"] == "embedded":
+        texts = presets.embedded_text()["test"]["text"]
+    else:
+        texts = data.stream_c4(flags.seed)
     documents = generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
     text_hash = hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
     about = {

@@ -17,6 +17,7 @@ fi
 # shellcheck disable=SC2086,SC2154
 find_python $embedded $scoring
 
+mkdir -p "$results" || exit
 folders=
 files=
 for run in "full_attention 0.0" "kv_compression $ratio" "local_attention $ratio" "scattered_attention $ratio"; do

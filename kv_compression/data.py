@@ -72,9 +72,7 @@ def check_hub(name: str, kind: str, instead: str) -> None:
 def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:
     """One split of a dataset on the Hugging Face hub, or in a local folder, None if it has no such split."""
     if not Path(name).exists():
-        check_hub(
-            name, "dataset", "--preset embedded, which needs no network, or local files with --train_file, --test_file"
-        )
+        check_hub(name, "dataset", f"{OFFLINE} with --train_file and --test_file")
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the readers raise whatever their parsers do

@@ -1,142 +1,96 @@
-"""A stand-in for the Hugging Face hub on loopback: the part of its HTTP interface that loading a repository uses.
+"""A stand-in for the Hugging Face hub: serves repositories from folders on a loopback port.
 
-Repositories are local folders, `<root>/models/<owner>/<name>` and `<root>/datasets/<owner>/<name>`, with one revision
-each. Served are, for a prefix that is empty for models and `datasets/` for datasets:
+It answers what transformers, datasets and huggingface_hub ask for when they load a public model or dataset:
 
-    HEAD, GET  /<prefix><owner>/<name>/resolve/<revision>/<path>                  a file, whole or a range of it
-    GET        /api/<kind>/<owner>/<name>[/revision/<revision>]                   commit and list of files
-    GET        /api/<kind>/<owner>/<name>/tree/<revision>[/<path>][?recursive=]   files and folders under a path
-    POST       /api/<kind>/<owner>/<name>/paths-info/<revision>                   the same for paths that are named
+- `/api/models/<owner>/<name>[/revision/<revision>]`: a repository's commit
+- `/api/models/<owner>/<name>/tree/<revision>[/<folder>]`: its files
+- `/<owner>/<name>/resolve/<revision>/<file>`: a file
 
-Everything else, the service for converted datasets included, answers 404 as the hub does for what it does not have.
+Datasets are the same below `/api/datasets` and `/datasets`. Every repository has one commit, known as `main` and by its hash. All else is answered 404, as the hub answers it.
 """
 
 import hashlib
 import json
-import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-REPOSITORY = r"/(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)"
-FILE = re.compile(rf"(?P<kind>/datasets)?{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-INFO = re.compile(rf"/api/(?P<kind>models|datasets){REPOSITORY}(/revision/(?P<revision>[^/]+))?")
-TREE = re.compile(rf"/api/(?P<kind>models|datasets){REPOSITORY}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?")
-PATHS = re.compile(rf"/api/(?P<kind>models|datasets){REPOSITORY}/paths-info/(?P<revision>[^/]+)")
-
 
 class StandInHub:
-    """Serves the repositories under `root` while its context is open; `url` is what HF_ENDPOINT has to be.
+    """Serves the folders `models/<owner>/<name>` and `datasets/<owner>/<name>` below `root` while the context is open.
 
-    `requests` lists what was asked for, as "<method> <path> <status>". `broken` maps a repository such as
-    "datasets/<owner>/<name>" to the status that every request for it gets.
+    `broken` maps repositories, as `datasets/<owner>/<name>`, to the error status that they answer everything with.
+    `requests` lists what was asked for, as `GET /api/models/...`; set HF_ENDPOINT to `endpoint`.
     """
 
-    def __init__(self, root: Path):
-        self.root = Path(root)
+    def __init__(self, root: Path, broken: dict[str, int] | None = None):
+        self.root = root
+        self.broken = broken or {}
         self.requests: list[str] = []
-        self.broken: dict[str, int] = {}
 
-    def __enter__(self) -> "StandInHub":
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False  # clients keep connections open
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    def __enter__(self):
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
 
-    def files(self, repository: str) -> dict[str, Path]:
-        """The repository's files by their paths in it."""
+    def files(self, repository: str) -> dict[str, bytes]:
+        """The content of every file of a repository, by its path there."""
         folder = self.root / repository
-        return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
     def commit(self, repository: str) -> str:
-        """The id of the repository's one commit, a function of what it holds."""
-        digest = hashlib.sha1(repository.encode())
-        for name, path in self.files(repository).items():
-            digest.update(f"{name} {_oid(path)}".encode())
-        return digest.hexdigest()
-
-
-def _oid(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
-def _entry(name: str, path: Path) -> dict:
-    if path.is_dir():
-        return {"type": "directory", "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0, "path": name}
-    return {"type": "file", "oid": _oid(path), "size": path.stat().st_size, "path": name}
+        """The hash of a repository's only commit."""
+        return hashlib.sha1(repr(self.files(repository)).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: StandInHub
-    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        hub = self.server.hub
+        hub.requests.append(f"{self.command} {self.path}")
+        address = urlsplit(self.path)
+        parts = unquote(address.path).strip("/").split("/")
+        is_api = parts[0] == "api"
+        parts = parts[is_api:]
+        kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
+        repository = "/".join([kind, *parts[:2]])
+        if repository in hub.broken:
+            return self.answer(hub.broken[repository])
+        files = hub.files(repository) if len(parts) > 1 and ".." not in parts else {}
+        if not files:
+            return self.refuse("RepoNotFound")
+        commit = hub.commit(repository)
+        action = parts[2] if len(parts) > 2 else "revision"
+        revision = parts[3] if len(parts) > 3 else "main"
+        path = "/".join(parts[4:])
+        if revision not in ("main", commit):
+            return self.refuse("RevisionNotFound")
+        if is_api and action == "revision":
+            return self.answer(200, _json({"id": "/".join(parts[:2]), "sha": commit, "private": False}))
+        if is_api and action == "tree":
+            recursive = parse_qs(address.query).get("recursive") == ["true"]
+            entries = _tree(files, path, recursive)
+            return self.answer(200, _json(entries)) if entries else self.refuse("EntryNotFound")
+        if not is_api and action == "resolve" and path in files:
+            tags = {"X-Repo-Commit": commit, "ETag": f'"{_oid(files[path])}"'}
+            return self.answer(200, files[path], tags)
+        return self.refuse("EntryNotFound")
 
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        url = urlsplit(self.path)
-        for pattern, answer in ((FILE, self._file), (TREE, self._tree), (INFO, self._info), (PATHS, self._paths)):
-            match = pattern.fullmatch(unquote(url.path))
-            if match is None:
-                continue
-            kind = (match["kind"] or "models").strip("/")
-            repository = f"{kind}/{match['owner']}/{match['name']}"
-            found = (self.hub.root / repository).is_dir()
-            status = self.hub.broken.get(repository, 200 if found else 404)
-            if status != 200:
-                return self._send(status, {"X-Error-Code": "RepoNotFound"} if status == 404 else {})
-            self.commit = self.hub.commit(repository)
-            if (match["revision"] or "main") not in ("main", self.commit):
-                return self._send(404, {"X-Error-Code": "RevisionNotFound"})
-            return answer(repository, match, parse_qs(url.query), body)
-        return self._send(404)
+    do_HEAD = do_GET
 
-    do_HEAD = do_POST = do_GET
+    def refuse(self, reason: str) -> None:
+        """Answer 404 with the hub's word for what is missing."""
+        self.answer(404, headers={"X-Error-Code": reason})
 
-    def _file(self, repository: str, match: re.Match, query: dict, body: bytes) -> None:
-        path = self.hub.files(repository).get(match["path"])
-        if path is None:
-            return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
-        content = path.read_bytes()
-        headers = {"ETag": f'"{_oid(path)}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self._send(200, headers, content)
-        start, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        return self._send(206, headers, content[start : end + 1])
-
-    def _info(self, repository: str, match: re.Match, query: dict, body: bytes) -> None:
-        siblings = [{"rfilename": name} for name in self.hub.files(repository)]
-        name = f"{match['owner']}/{match['name']}"
-        info = {"_id": self.commit[:24], "id": name, "sha": self.commit, "siblings": siblings, "tags": []}
-        self._json(info | {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0})
-
-    def _tree(self, repository: str, match: re.Match, query: dict, body: bytes) -> None:
-        top, folder = self.hub.root / repository, self.hub.root / repository / (match["path"] or "")
-        if not folder.is_dir():
-            return self._send(404, {"X-Error-Code": "EntryNotFound"})
-        recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-        return self._json([_entry(path.relative_to(top).as_posix(), path) for path in found])
-
-    def _paths(self, repository: str, match: re.Match, query: dict, body: bytes) -> None:
-        is_json = "json" in self.headers.get("Content-Type", "")
-        names = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
-        found = {name: self.hub.root / repository / name for name in names}
-        self._json([_entry(name, path) for name, path in found.items() if path.exists()])
-
-    def _json(self, answer) -> None:
-        self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
-
-    def _send(self, status: int, headers: dict[str, str] | None = None, content: bytes = b"") -> None:
-        self.hub.requests.append(f"{self.command} {self.path} {status}")
+    def answer(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        """Send a response, without its content if it is to a HEAD request."""
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -145,5 +99,27 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def log_message(self, *_) -> None:
-        pass
+    def log_message(self, *_):
+        """Keep quiet: `requests` has it."""
+
+
+def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
+    """The files and folders in `folder`, or anywhere below it, as the hub describes them."""
+    start = f"{folder}/" if folder else ""
+    entries = {}
+    for path, content in files.items():
+        below = path.removeprefix(start).split("/") if path.startswith(start) else []
+        for depth in range(1, len(below) if recursive else min(len(below), 2)):
+            parent = start + "/".join(below[:depth])
+            entries[parent] = {"type": "directory", "path": parent, "oid": _oid(parent.encode()), "size": 0}
+        if below and (recursive or len(below) == 1):
+            entries[path] = {"type": "file", "path": path, "oid": _oid(content), "size": len(content)}
+    return list(entries.values())
+
+
+def _json(content) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
