@@ -7,16 +7,11 @@ import csv
 import hashlib
 import io
 import itertools
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-from kv_compression.errors import Parser, RunError, UsageError, run_script
+from kv_compression.errors import Parser, RunError, UsageError, quiet_libraries, run_script
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 
@@ -50,6 +45,7 @@ def find_files(paths: list[str]) -> list[Path]:
 def main() -> None:
     """Score what is not scored yet, then show everything."""
     flags = parse()
+    quiet_libraries()
     files = find_files(flags.paths)
     from kv_compression import presets, records, results
 

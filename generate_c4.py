@@ -5,16 +5,11 @@ Parses flags, reads documents, calls `kv_compression.generation`, writes a line 
 
 import argparse
 import hashlib
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-from kv_compression.errors import Parser, UsageError, ratio, run_script
+from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +47,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Generate what is missing."""
     flags = parse()
+    quiet_libraries()
     import accelerate
     from tqdm.auto import tqdm
 

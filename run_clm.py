@@ -3,14 +3,9 @@
 Parses flags, calls `kv_compression.experiment`, prints. `python run_clm.py --help` lists the flags.
 """
 
-import os
 import sys
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-from kv_compression.errors import Parser, ratio, run_script
+from kv_compression.errors import Parser, quiet_libraries, ratio, run_script
 
 
 def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
@@ -56,6 +51,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
 def main() -> None:
     """Run what the flags ask for, or show the same run's results if they are there."""
     flags, overwrite = parse()
+    quiet_libraries()
     from accelerate import PartialState
 
     from kv_compression import experiment, presets, results

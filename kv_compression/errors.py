@@ -1,8 +1,26 @@
 """How scripts and their users talk: flags, the two ways in which what a user gave ends a run, and how that is told."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable
+
+LIBRARY_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "true",
+    # Left to itself, transformers has a public service convert a model that has no safetensors.
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+}
+
+
+def quiet_libraries() -> None:
+    """Tell the libraries what only the environment tells them, unless the user has; call before importing them."""
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 class UsageError(ValueError):

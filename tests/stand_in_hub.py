@@ -6,7 +6,8 @@ It answers what transformers, datasets and huggingface_hub ask for when they loa
 - `/api/models/<owner>/<name>/tree/<revision>[/<folder>]`: its files
 - `/<owner>/<name>/resolve/<revision>/<file>`: a file
 
-Datasets are the same below `/api/datasets` and `/datasets`. Every repository has one commit, known as `main` and by its hash. All else is answered 404, as the hub answers it.
+Datasets are the same below `/api/datasets` and `/datasets`. Every repository has one commit, known as `main`
+and by its hash. All else is answered 404, as the hub answers it.
 """
 
 import hashlib

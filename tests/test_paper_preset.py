@@ -66,7 +66,8 @@ def run_paper(folder: Path, endpoint: str, timeout: int = 240, **more: str) -> t
     flags += ["--max_train_steps", "2", "--block_size", "32", "--max_eval_blocks", "2", "--overwrite"]
     command = [sys.executable, str(SCRIPT), *flags, "--output_dir", str(folder / "out")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(GATHERED)}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"} | more
+    environment |= {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": endpoint} | more
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=timeout)
     said = [line for line in run.stderr.splitlines() if line.strip() and not PROGRESS_BAR.search(line)]
     return run.returncode, run.stdout.splitlines(), said
