@@ -256,7 +256,7 @@ class SentinelCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the memory is freed."""
-        super().reset()
+        self.layers.clear()  # a layer's own reset may keep its memory
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
