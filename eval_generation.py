@@ -54,7 +54,7 @@ def main() -> None:
         about = records.read_about(path) or {}
         models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
         target = scores_path(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
         made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
         old = None if flags.overwrite else read_scores(target)
         if old is None or any(old.get(name) != value for name, value in made_from.items()):
@@ -104,7 +104,7 @@ def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
         metric: asdict(scoring.bootstrap([found[metric] for found in documents.values() if metric in found]))
         for metric in METRICS
     }
-    held = [r["cache_length"] / r["prefix_tokens"] for r in lines if r.get("cache_length") and r.get("prefix_tokens")]
+    held = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(lines)]
     return {
         **{name: about.get(name) for name in ("method", "bound_ratio", "protocol", "preset", "documents_sha256")},
         **made_from,
@@ -161,8 +161,12 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
 
     lines = []
     for one, other in itertools.combinations(scored.values(), 2):
-        same = ("bound_ratio", "documents_sha256", "bertscore_model", "fluency_model")
+        same = ["documents_sha256", "bertscore_model", "fluency_model"]
+        if "full_attention" not in (one["method"], other["method"]):
+            same.append("bound_ratio")
         if one["method"] == other["method"] or any(one.get(name) != other.get(name) for name in same):
+            continue
+        if one.get("documents_sha256") is None:
             continue
         parts = []
         for metric in METRICS:
@@ -175,7 +179,8 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
                 first, second = zip(*both)
                 difference = (sum(first) - sum(second)) / len(both)
                 parts.append(f"{metric} {difference:+.4f} (p = {paired_p_value(first, second):.4f})")
-        lines.append(f"{one['method']} − {other['method']} at {one['bound_ratio']}: {', '.join(parts)}")
+        ratio = max(one["bound_ratio"], other["bound_ratio"])
+        lines.append(f"{one['method']} − {other['method']} at {ratio}: {', '.join(parts)}")
     return lines
 
 

@@ -39,8 +39,12 @@ def parse() -> argparse.Namespace:
             raise UsageError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     if not 0 < flags.top_p <= 1:
         raise UsageError(f"--top_p must be above 0 and at most 1, got {flags.top_p}")
-    if flags.seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {flags.seed}")
+    if not 0 <= flags.seed < 2**32:
+        raise UsageError(f"--seed must be at least 0 and below 2^32, got {flags.seed}")
+    if flags.max_span_length is not None and flags.max_span_length < 2:
+        raise UsageError(f"--max_span_length must be at least 2, got {flags.max_span_length}")
+    if flags.output_file and not flags.output_file.endswith(".jsonl"):
+        raise UsageError(f"--output_file {flags.output_file} must end in .jsonl")
     return flags
 
 
@@ -53,6 +57,7 @@ def main() -> None:
 
     from kv_compression import data, experiment, generation, presets, records
     from kv_compression.attention import compressed_attention
+    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
     from kv_compression.visibility import METHODS
 
     precision = flags.mixed_precision
@@ -61,7 +66,7 @@ def main() -> None:
     method = METHODS[flags.method or results["method"]]
     asked = results["bound_ratio"] if flags.bound_ratio is None else flags.bound_ratio
     longest = flags.max_span_length or results["settings"]["max_span_length"]
-    ids = tokenizer.convert_tokens_to_ids(["<CL>", "<CR>"])
+    ids = [tokenizer.get_vocab().get(token) for token in (CL_TOKEN, CR_TOKEN)]
     if method.uses_sentinels and None in ids:
         raise UsageError(
             f"{flags.model_dir} was trained with {results['method']}: it has no sentinels to compress with"
@@ -92,6 +97,7 @@ def main() -> None:
         "preset": results["preset"],
         "max_span_length": longest,
         "model_dir": Path(flags.model_dir).name,
+        "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,
         "mixed_precision": precision,
         "documents_sha256": text_hash,
@@ -99,6 +105,8 @@ def main() -> None:
         **asdict(sampler),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
+    for document in documents:  # a ratio that cannot be had ends the run before it leaves anything
+        generation.prefix_ids(document, tokenizer, rule, plan, results["protocol"])
     done = records.continue_file(path, about, flags.overwrite)
 
     model = model.to(accelerate.Accelerator().device)
@@ -122,7 +130,7 @@ def main() -> None:
                     tokens += record["new_tokens"]
                     bar.update()
                     bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}")
-    kept = [record["cache_length"] / record["prefix_tokens"] for record in records.read(path)[0]]
+    kept = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(records.read(path)[0])]
     print(
         f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, in "
         f"{path}; the cache held {sum(kept) / len(kept):.3f} keys a prefix token"

@@ -47,7 +47,7 @@ class Patch:
 
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SentinelCache):
-            if cache.rule != self.rule:
+            if not cache.rule.same_as(self.rule):
                 raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
             seen, kwargs["position_ids"] = cache.admit(decoder, input_ids, padding)
             kwargs["attention_mask"] = None if seen is None else as_attention_mask(decoder, seen)

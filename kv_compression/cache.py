@@ -17,9 +17,23 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kv_compression.errors import RunError
-from kv_compression.visibility import CL, COMPRESSED, CR, METHODS, TEXT, KVCompression, Read, Rule
+from kv_compression.visibility import (
+    CL,
+    COMPRESSED,
+    CR,
+    METHODS,
+    STRAY,
+    TEXT,
+    UNDRAWN,
+    KVCompression,
+    Read,
+    Rule,
+    check_ratio,
+)
 
 FORMAT = "kv_compression.SentinelCache 1"
+PER_SLOT = ("kinds", "positions", "real")  # tensors (batch, slots)
+PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
 
 
 class SentinelLayer(DynamicLayer):
@@ -33,11 +47,11 @@ class SentinelLayer(DynamicLayer):
 
 def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
     if len(rows) == 1:
-        return states.index_select(2, rows[0])
+        return states.index_select(2, rows[0].to(states.device))
     batch, heads, _, width = states.shape
     kept = states.new_zeros(batch, heads, slots, width)
     for row, index in enumerate(rows):
-        kept[row, :, : len(index)] = states[row].index_select(1, index)
+        kept[row, :, : len(index)] = states[row].index_select(1, index.to(states.device))
     return kept
 
 
@@ -60,8 +74,8 @@ class SentinelCache(Cache):
         self._forget()
 
     def _forget(self) -> None:
-        self.kinds = self.positions = self.real = None  # of every slot, `(batch, slots)`
-        self.text_read = self.digest = None  # `(batch,)`
+        for name in PER_SLOT + PER_ROW:
+            setattr(self, name, None)
         self._tokens_read = 0
         self._undoable = 0  # tokens read since a key last left
         self._visible_to_all = True  # no padding and no open <CL> among the slots: text sees every key
@@ -76,7 +90,7 @@ class SentinelCache(Cache):
         return self._tokens_read
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The slot that the next key will have."""
+        """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
 
     @property
@@ -101,7 +115,7 @@ class SentinelCache(Cache):
 
     @property
     def removed_fraction(self) -> float:
-        """Text tokens read without a key of their own held ÷ text tokens read, over all rows."""
+        """1 − keys held ÷ text tokens read, over all rows: what compression saves of a plain cache."""
         read = 0 if self.text_read is None else int(self.text_read.sum())
         return 1 - int(self.lengths.sum()) / read if read else 0.0
 
@@ -123,6 +137,7 @@ class SentinelCache(Cache):
             nothing = input_ids.new_zeros(batch, 0)
             self.kinds, self.positions, self.real = nothing, nothing, nothing.bool()
             self.text_read = self.digest = torch.zeros_like(input_ids[:, 0])
+            self.began = self.text_read.bool()
         if self.kinds.shape[0] != batch:
             raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
         self._admitted = True
@@ -132,8 +147,9 @@ class SentinelCache(Cache):
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
         text = self.rule.text(input_ids, real)
         positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
-        read = Read(positions, real, self.digest)
+        read = Read(positions, real, self.digest, self.began, (self.kinds == CL).any(-1))
         kinds = self.rule.kinds(input_ids, read)
+        self.began = self.began | ~text.logical_or(~real).all(-1)
         self._note(kinds, positions, real)
         self.digest = read.digest
         self.text_read = self.text_read + text.sum(-1)
@@ -167,10 +183,11 @@ class SentinelCache(Cache):
         if self._fold is not None:
             folded, self._fold = self._fold, None
             self._drop(~folded)
-            self.kinds = torch.where(self.kinds == CR, COMPRESSED, self.kinds)
         elif self._may_drop:
             self._drop(self.rule.keeps(self.kinds, self.positions))
-            self.kinds = torch.where(self.kinds == CR, COMPRESSED, self.kinds)
+        if bool(((self.kinds == CR) | (self.kinds == STRAY)).any()):
+            self.kinds = torch.where((self.kinds == CR) | (self.kinds == STRAY), COMPRESSED, self.kinds)
+            self._undoable = 0
 
     def _drop(self, keep: Tensor) -> None:
         """Keep the slots where `keep` `(batch, slots)` is True, but no padding."""
@@ -212,10 +229,19 @@ class SentinelCache(Cache):
         wanted = (last - first + 1).clamp(min=0)
         if bool((span.sum(-1) != wanted).any()):
             raise ValueError(f"the cache does not hold text {first.tolist()} … {last.tolist()} uncompressed")
+        patched = getattr(decoder, "_sentinel_patch", None)
+        if patched is None or not patched.rule.same_as(self.rule):
+            raise ValueError("the model is not patched with the cache's rule")
+        slots = self.slots
         self._fold = (span, first, last)
         sentinels = torch.tensor([[self.rule.cl_id, self.rule.cr_id]], device=device).expand(batch, 2)
-        with torch.no_grad():
-            decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
+        try:
+            with torch.no_grad():
+                decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
+        except BaseException:
+            self._truncate(slots)
+            raise
+        self.began = self.began | (last >= first)
 
     def _admit_fold(self, new: int) -> tuple[Tensor, Tensor]:
         span, first, last = self._fold
@@ -231,25 +257,33 @@ class SentinelCache(Cache):
 
     def drop_oldest(self, count: Tensor) -> None:
         """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
-        order = self.real.long().cumsum(-1)
-        self._drop(order > count[:, None])
+        age = self.positions.masked_fill(~self.real, torch.iinfo(torch.long).max)
+        rank = age.argsort(dim=-1, stable=True).argsort(dim=-1)
+        self._drop(rank >= count[:, None])
+
+    def _truncate(self, slots: int) -> None:
+        """Take back what a forward pass that failed has added."""
+        self._fold, self._admitted = None, False
+        for name in PER_SLOT:
+            setattr(self, name, getattr(self, name)[:, :slots].contiguous())
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys.shape[2] > slots:
+                layer.keys = layer.keys[:, :, :slots].contiguous()
+                layer.values = layer.values[:, :, :slots].contiguous()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Unread the last `-tokens_to_remove` tokens. ValueError if one of them has made a key leave."""
-        count = abs(tokens_to_remove)
+        """Unread the last `-tokens_to_remove` tokens. ValueError if a key has left the cache since they were read."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise ValueError("crop takes the number of tokens to unread as a negative number")
         if count > self._undoable:
             raise ValueError(f"only the last {self._undoable} tokens can be unread: keys have left the cache before")
         if count:
-            text = self.real & (self.kinds != CL) & (self.kinds != CR)
+            if bool(self.digest.any()):
+                raise ValueError("a draw that depends on all that was read cannot be unread")
+            text = self.real & ((self.kinds == TEXT) | (self.kinds == UNDRAWN))
             self.text_read = self.text_read - text[:, -count:].sum(-1)
-            if self.rule.name == "scattered_attention":
-                raise ValueError("scattered attention's draw cannot be unread")
-            self.kinds, self.positions, self.real = (
-                tensor[:, :-count].contiguous() for tensor in (self.kinds, self.positions, self.real)
-            )
-            for layer in self.layers:
-                layer.keys = layer.keys[:, :, :-count].contiguous()
-                layer.values = layer.values[:, :, :-count].contiguous()
+            self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
             self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
@@ -268,19 +302,28 @@ class SentinelCache(Cache):
         super().batch_select_indices(indices)
         if self.kinds is not None:
             indices = indices.to(self.kinds.device)
-            for name in ("kinds", "positions", "real", "text_read", "digest"):
+            for name in PER_SLOT + PER_ROW:
                 setattr(self, name, getattr(self, name)[indices])
+            self._compact()
+
+    def _compact(self) -> None:
+        """Let the padding go that only rows which have left needed."""
+        if not bool(self.real.any(0).all()):
+            self._drop(self.real)
+        self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, so that one prefill serves several continuations."""
         super().batch_repeat_interleave(repeats)
         if self.kinds is not None:
-            for name in ("kinds", "positions", "real", "text_read", "digest"):
+            for name in PER_SLOT + PER_ROW:
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to read it back with `load` under the same model."""
-        tensors = {name: getattr(self, name).contiguous() for name in _SAVED if getattr(self, name) is not None}
+        tensors = {
+            name: getattr(self, name).contiguous() for name in PER_SLOT + PER_ROW if getattr(self, name) is not None
+        }
         for number, layer in enumerate(self.layers):
             if layer.is_initialized:
                 tensors[f"keys.{number}"] = layer.keys.contiguous()
@@ -314,10 +357,11 @@ class SentinelCache(Cache):
     def _restore(self, tensors: dict[str, Tensor], tokens_read: int) -> None:
         if not tensors:
             return
-        for name in _SAVED:
+        for name in PER_SLOT + PER_ROW:
             setattr(self, name, tensors.pop(name))
         batch, slots = self.kinds.shape
-        for name, shape in zip(_SAVED, ((batch, slots),) * 3 + ((batch,),) * 2):
+        for name in PER_SLOT + PER_ROW:
+            shape = (batch, slots) if name in PER_SLOT else (batch,)
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)} instead of {shape}")
         for number in range(len(tensors) // 2):
@@ -330,9 +374,6 @@ class SentinelCache(Cache):
             self.layers.append(layer)
         self._tokens_read = tokens_read
         self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
-
-
-_SAVED = ("kinds", "positions", "real", "text_read", "digest")
 
 
 def _own_key(new: int, slots: int, device) -> Tensor:
@@ -352,9 +393,10 @@ class Budget:
     """Keeps a cache small while text is generated: call `enforce` after every forward pass.
 
     A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest
-    plain text folded, `span_length` tokens at a time, but never the most recent `recent` ones. Folding leaves a key a
-    span, so where `max_length` cannot be kept by it the oldest keys are dropped: memory is bounded, however much is
-    generated. At most 1 − 1/span_length of the text can be removed by folding. (This project.)
+    run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the budget or
+    has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be removed.
+    `max_length` is kept always: where folding is not enough the oldest keys are dropped, and memory is bounded however
+    much is generated. (This project.)
     """
 
     max_length: int | None = None
@@ -365,6 +407,8 @@ class Budget:
     def __post_init__(self):
         if self.max_length is None and self.ratio is None:
             raise ValueError("a budget needs max_length or ratio")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
         if self.span_length < 2 or self.recent < 0:
             raise ValueError("span_length must be at least 2 and recent at least 0")
         if self.max_length is not None and self.max_length < self.recent + self.span_length:
@@ -377,7 +421,7 @@ class Budget:
 
     def enforce(self, cache: SentinelCache, model: nn.Module | None = None) -> None:
         """Fold, and drop if that is not enough, until every row is within the budget."""
-        while True:
+        while cache.slots:
             lengths, read = cache.lengths.tolist(), cache.text_read.tolist()
             over = [max(length - self.allowed(text), 0) for length, text in zip(lengths, read)]
             if not any(over):
@@ -386,9 +430,8 @@ class Budget:
             if all(last < first for first, last in spans):
                 break
             cache.compress([first for first, _ in spans], [last for _, last in spans], model)
-        if self.max_length is not None:
-            excess = (cache.lengths - self.max_length).clamp(min=0)
-            cache.drop_oldest(excess)
+        if self.max_length is not None and cache.slots:
+            cache.drop_oldest((cache.lengths - self.max_length).clamp(min=0))
 
     def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
         """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""

@@ -210,7 +210,11 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
     names = {field.name for field in fields(Settings)}
     recorded = {name: value for name, value in results["settings"].items() if name in names}
-    settings = Settings(**recorded | {"mixed_precision": "no", "eval_only": True})
+    try:
+        settings = Settings(**recorded | {"mixed_precision": "no", "eval_only": True})
+        settings.check()
+    except (TypeError, ValueError) as error:
+        raise RunError(f"the settings in {folder}/results.json are damaged: {one_line(error)}") from error
     tokenizer, model, _ = load_model(settings)
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)

@@ -18,7 +18,7 @@ from transformers import TopPLogitsWarper
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
-from kv_compression.sentinels import insert_sentinels
+from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels
 from kv_compression.spans import exact_spans
 from kv_compression.visibility import Rule
 
@@ -115,6 +115,8 @@ def prefix_ids(document: Document, tokenizer, rule: Rule, plan: SpanPlan, protoc
 
     Under `matched` the exact sampler works on tokens, under `paper` the published one on words.
     """
+    if CL_TOKEN in document.prefix or CR_TOKEN in document.prefix:
+        raise UsageError(f"document {document.index} holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
     rng = np.random.default_rng([plan.seed, SALT, document.index])
     if rule.uses_sentinels and protocol == "paper":
         return tokenizer(mark_words(document.prefix, plan, rng))["input_ids"]
@@ -140,8 +142,9 @@ def continue_documents(
 ) -> Iterator[dict]:
     """Continue a batch of documents with a patched model; one record a document.
 
-    A record holds `index`, `prefix`, `reference`, `continuations` (texts), `prefix_tokens`, the `cache_length` (keys)
-    and `cache_bytes` that the cache holds of the prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
+    A record holds `index`, `prefix`, `reference`, `continuations` (texts; `short_continuations` counts those that were
+    given up with fewer words), `prefix_tokens`, the `cache_length` (keys) and `cache_bytes` that are held of the
+    prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
@@ -170,6 +173,7 @@ def continue_documents(
             "prefix_tokens": int(rule.text(torch.tensor([row])).sum()),
             "cache_length": lengths[number],
             "cache_bytes": round(lengths[number] * slot_bytes),
+            "short_continuations": sum(cut_words(text, sampler.words) is None for text in texts[own]),
             "new_tokens": sum(map(len, tokens[own])),
             "seconds": seconds,
         }
@@ -179,8 +183,7 @@ def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> 
     """New tokens of every row (documents · continuations). A row that has its words leaves the batch and the cache."""
     warp = TopPLogitsWarper(sampler.top_p)
     generators = [torch.Generator().manual_seed(sampler.seed * 1_000_003 + document.index) for document in documents]
-    never = set(tokenizer.all_special_ids) | ({rule.cl_id, rule.cr_id} - {-1})
-    never = sorted(never - ({tokenizer.eos_token_id} if sampler.allow_eos else set()))
+    never = forbidden(tokenizer, model, logits.shape[-1], sampler.allow_eos)
     budget = None
     if sampler.compress_generated and rule.uses_sentinels and plan.ratio > 0:
         budget = Budget(ratio=plan.ratio, span_length=plan.max_span_length)
@@ -203,6 +206,15 @@ def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> 
         if budget is not None:
             budget.enforce(cache)
     return rows
+
+
+def forbidden(tokenizer, model: nn.Module, vocabulary: int, allow_eos: bool) -> list[int]:
+    """Token ids that are no text: special tokens, end-of-text among them unless allowed, and rows without a token."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    never = special | set(tokenizer.all_special_ids) | set(range(len(tokenizer), vocabulary)) | ends
+    return sorted(never - ({tokenizer.eos_token_id} if allow_eos else set()))
 
 
 def _draw(weights: Tensor, active: list[int], generators: list[torch.Generator], continuations: int) -> list[int]:

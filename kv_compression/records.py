@@ -15,14 +15,18 @@ def about_path(path: Path) -> Path:
     return path.with_suffix(".about.json")
 
 
-def read(path: Path) -> tuple[list[dict], list[str]]:
-    """The records of a file, and what is wrong with the lines that are none ("line 7: …"). RunError if unreadable."""
+def read_bytes(path: Path) -> bytes:
+    """A file's content. RunError if it cannot be read."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return Path(path).read_bytes()
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read(path: Path) -> tuple[list[dict], list[str]]:
+    """The records of a file, and what is wrong with the lines that are none ("line 7: …"). RunError if unreadable."""
     records, problems = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -34,6 +38,16 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
         else:
             records.append(record)
     return records, problems
+
+
+def usable(records: list[dict]) -> list[dict]:
+    """The records of documents that have been continued."""
+    numbers = ("index", "prefix_tokens", "cache_length")
+    return [
+        record
+        for record in records
+        if isinstance(record.get("continuations"), list) and all(isinstance(record.get(name), int) for name in numbers)
+    ]
 
 
 def read_about(path: Path) -> dict | None:
@@ -60,11 +74,11 @@ def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
             raise UsageError(
                 f"{path} was made with other settings: choose another file, or replace it with --overwrite"
             )
-        content = path.read_bytes()
+        content = read_bytes(path)
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             _try(path, lambda: os.truncate(path, len(whole)))
-        return {record["index"] for record in read(path)[0] if isinstance(record.get("index"), int)}
+        return {record["index"] for record in usable(read(path)[0])}
     _try(path, lambda: (path.parent.mkdir(parents=True, exist_ok=True), path.unlink(missing_ok=True)))
     write_json(about_path(path), about)
     _try(path, path.touch)

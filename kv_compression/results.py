@@ -10,7 +10,7 @@ from pathlib import Path
 from kv_compression.errors import RunError, run_script
 
 RESULTS = "results.json"
-REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity", "removed_fraction")
+REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity", "removed_fraction", "settings")
 
 
 def write_json(path: Path, content: dict) -> None:

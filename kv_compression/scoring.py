@@ -17,6 +17,13 @@ from tqdm.auto import tqdm
 from kv_compression.errors import RunError, one_line
 
 RESAMPLES = 10_000
+SKIPPED = (
+    "records without an index of their own",
+    "missing references",
+    "missing continuations",
+    "empty continuations",
+    "continuations of one token (no perplexity)",
+)
 
 
 def rouge_l(references: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -124,20 +131,27 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
     reason) and the token-weighted perplexity over all continuations. A document whose record is unusable, and an empty
     continuation, is counted, not scored.
     """
-    skipped = {"records without index, reference or continuations": 0, "empty continuations": 0, "too short": 0}
+    skipped = dict.fromkeys(SKIPPED, 0)
     pairs: list[tuple[int, str, str]] = []
+    seen: set[int] = set()
     for record in records:
         index, reference = record.get("index"), record.get("reference")
         texts = record.get("continuations")
-        usable = isinstance(index, int) and isinstance(reference, str) and reference.strip() and isinstance(texts, list)
-        if not usable or not all(isinstance(text, str) for text in texts):
-            skipped["records without index, reference or continuations"] += 1
+        if not isinstance(index, int) or index in seen:
+            skipped["records without an index of their own"] += 1
             continue
+        if not isinstance(reference, str) or not reference.strip():
+            skipped["missing references"] += 1
+            continue
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            skipped["missing continuations"] += 1
+            continue
+        seen.add(index)
         skipped["empty continuations"] += sum(not text.strip() for text in texts)
         pairs += [(index, reference, text) for text in texts if text.strip()]
     references, texts = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
     losses = fluency(texts)
-    skipped["too short"] = sum(count == 0 for _, count in losses)
+    skipped["continuations of one token (no perplexity)"] = sum(count == 0 for _, count in losses)
     columns = {
         "rouge_l": rouge_l(references, texts),
         "bertscore": bert(references, texts) if texts else [],

@@ -190,20 +190,23 @@ def check_ratio(ratio: float) -> float:
 
 
 # What a cache remembers of a key it holds; KV compression's masks are made from these as they are from token ids.
-TEXT, CL, CR, COMPRESSED, UNDRAWN = range(5)
+TEXT, CL, CR, COMPRESSED, UNDRAWN, STRAY = range(6)  # STRAY: a <CR> that closes an empty span
 
 
 @dataclass
 class Read:
     """What a rule may have to know of the text that a cache has read.
 
-    `positions` (long) and `real` (bool, False for padding) are `(batch, new)` and tell of the tokens being read,
-    `digest` is long `(batch,)` and sums up what was read before (for `draw_keys`).
+    `positions` (long) and `real` (bool, False for padding) are `(batch, new)` and tell of the tokens being read. The
+    others are `(batch,)` and tell of what was read before: `digest` (long) sums it up for `draw_keys`, `began` (bool)
+    says whether it had a sentinel, `open` (bool) whether it ended inside a span.
     """
 
     positions: Tensor
     real: Tensor
     digest: Tensor
+    began: Tensor
+    open: Tensor
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,12 @@ class Rule:
         """Cache entries gone when the last token has been read, long `(batch,)`."""
         return torch.zeros_like(input_ids[:, 0])
 
+    def same_as(self, other: "Rule") -> bool:
+        """Whether both see alike: the ratio of KV compression is decided by the spans, not by the rule."""
+        return self == other or (
+            self.uses_sentinels and type(self) is type(other) and (self.cl_id, self.cr_id) == (other.cl_id, other.cr_id)
+        )
+
     def with_seed(self, seed: int) -> "Rule":
         """The same rule with another draw."""
         return replace(self, seed=seed)
@@ -293,13 +302,17 @@ class KVCompression(Rule):
         return removed_entries(input_ids, self.cl_id, self.cr_id)
 
     def kinds(self, input_ids: Tensor, read: Read) -> Tensor:
-        return (input_ids == self.cl_id) * CL + (input_ids == self.cr_id) * CR
+        is_cl, is_cr = input_ids == self.cl_id, input_ids == self.cr_id
+        opened = read.open[:, None] | (is_cl.cumsum(-1) > 0)
+        stray = is_cr & read.began[:, None] & ~opened
+        return torch.where(stray, STRAY, is_cl * CL + is_cr * CR)
 
     def sees(self, kinds: Tensor, positions: Tensor, new: int) -> Tensor:
-        return _last_rows(kv_compression(kinds, CL, CR), kinds, new)
+        seen = _last_rows(kv_compression(kinds, CL, CR), kinds, new)
+        return seen & (kinds[:, -new:] != STRAY)[:, :, None]
 
     def may_drop(self, new_kinds: Tensor) -> bool:
-        return bool((new_kinds == CR).any())
+        return bool(((new_kinds == CR) | (new_kinds == STRAY)).any())
 
     def keeps(self, kinds: Tensor, positions: Tensor) -> Tensor:
         _, last = span_bounds(kinds, CL, CR)

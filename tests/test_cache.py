@@ -111,6 +111,17 @@ def test_any_layout_in_any_chunks(ids, size):
     assert cache.get_seq_length() == len(ids)
 
 
+@pytest.mark.parametrize("sizes", [[10], [6, 4], [1] * 10, [3] * 4])
+def test_a_stray_cr_closes_an_empty_span_however_it_is_read(sizes):
+    model = MODELS["llama", torch.float64]
+    ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9, CR, 11, CR, 12, CL, 13, CR]])
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        logits, cache = in_chunks(model, ids, KV, sizes + [4] * 9)
+    assert (logits - full).abs().max() < 1e-9
+    assert cache.length == 9
+
+
 def test_memory_is_freed_in_proportion():
     model = MODELS["gpt_neox", torch.float32]
     sizes = {}
@@ -278,6 +289,8 @@ def test_crop_unreads_plain_tokens_and_refuses_others():
         assert (logits - expected).abs().max() < 1e-9
         with pytest.raises(ValueError, match="only the last 3 tokens"):
             cache.crop(-4)
+        with pytest.raises(ValueError, match="negative"):
+            cache.crop(2)
         cache.reset()
         assert (cache.get_seq_length(), cache.length, cache.bytes, cache.removed_fraction) == (0, 0, 0, 0)
         logits, _ = model(torch.tensor([ids]), past_key_values=cache).logits, None
@@ -322,7 +335,11 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
         changed = bytearray(whole)
         changed[draw.randrange(700)] = draw.randrange(256)
         damaged.append(bytes(changed))
-    for content in damaged:
+    for content in damaged[:5]:
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="cache"):
+            SentinelCache.load(path)
+    for content in damaged[5:]:
         path.write_bytes(content)
         try:
             SentinelCache.load(path)
@@ -356,6 +373,49 @@ def test_a_budget_bounds_the_cache_while_text_is_generated(budget, bound):
     assert (cache.positions[0][-1] == 89) or bool((cache.positions[0] == 89).any())
 
 
+def test_the_oldest_keys_are_dropped_wherever_they_lie():
+    model = MODELS["gpt_neox", torch.float32]
+    cache = SentinelCache(CL, CR)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        model(torch.randint(3, 60, (2, 12)), past_key_values=cache)
+        cache.compress(2, 5)  # its key lies behind younger ones, and stands for position 5
+        cache.drop_oldest(torch.tensor([3, 0]))
+    assert sorted(cache.positions[0][cache.real[0]].tolist()) == list(range(6, 12))
+    assert cache.lengths.tolist() == [6, 9]
+
+
+def test_a_fold_that_fails_leaves_the_cache_as_it_was():
+    model = MODELS["llama", torch.float64]
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    cache = SentinelCache(CL, CR)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="not patched"):
+        cache.compress(0, 2)
+    with compressed_attention(model, rule=KV), torch.no_grad():
+
+        def fail(*_):
+            raise RuntimeError("out of memory")
+
+        handle = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            cache.compress(0, 2)
+        handle.remove()
+        logits = model(torch.tensor([[10]]), past_key_values=cache).logits[0, -1]
+        expected = model(torch.tensor([[5, 6, 7, 8, 9, 10]]), use_cache=False).logits[0, -1]
+    assert (logits - expected).abs().max() < 1e-9
+
+
+def test_rows_that_leave_take_their_padding_along():
+    model = MODELS["gpt_neox", torch.float32]
+    ids, real = padded([[3] * 40, [4] * 4])
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, ids, KV, [64], real)
+    before = cache.bytes
+    cache.batch_select_indices(torch.tensor([1]))
+    assert (cache.slots, cache.bytes) == (4, before // 20)
+
+
 def test_misuse_is_refused():
     model = MODELS["gpt_neox", torch.float32]
     ids = torch.tensor([[5, 6, 7]])
@@ -365,7 +425,8 @@ def test_misuse_is_refused():
         model(ids, past_key_values=SentinelCache(CL, CR))
     with pytest.raises(ValueError, match="filled"):
         SentinelCache(CL, CR).compress(0, 1)
-    for arguments in ({}, {"ratio": 0.5, "span_length": 1}, {"max_length": 10, "span_length": 20}):
+    Budget(ratio=0.5).enforce(SentinelCache(CL, CR))  # nothing to do
+    for arguments in ({}, {"ratio": 1.5}, {"ratio": 0.5, "span_length": 1}, {"max_length": 10, "span_length": 20}):
         with pytest.raises(ValueError):
             Budget(**arguments)
     with compressed_attention(model, rule=KV):

@@ -131,7 +131,7 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     capsys.readouterr()
     assert run(eval_generation) == 0
     out = capsys.readouterr().out
-    assert "1 records without index, reference or continuations; 1 half-written or damaged lines" in out
+    assert "1 missing references; 1 half-written or damaged lines" in out
     table = [line.split() for line in out.splitlines() if line.startswith(("kv_", "local_"))]
     assert [line[:3] for line in table[:2]] == [["kv_compression", "0.5", "5"], ["local_attention", "0.5", "5"]]
     assert "kv_compression − local_attention at 0.5: rouge_l" in out

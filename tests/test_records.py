@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from kv_compression import records
 from kv_compression.errors import RunError, UsageError
 
+RECORD = {"index": 0, "continuations": ["a"], "prefix_tokens": 4, "cache_length": 2}
 ABOUT = {"method": "kv_compression", "seed": 0}
 
 
@@ -10,17 +13,18 @@ def test_records_are_appended_and_continued(tmp_path):
     path = tmp_path / "new" / "generation.jsonl"
     assert records.continue_file(path, ABOUT, overwrite=False) == set()
     with records.appending(path) as append:
-        append({"index": 0, "text": "é\n"})
-        append({"index": 3})
+        append(RECORD | {"text": "é\n"})
+        append(RECORD | {"index": 3})
+        append({"index": 4})  # nothing was continued: it is made again
     assert records.continue_file(path, ABOUT, overwrite=False) == {0, 3}
-    assert records.read(path) == ([{"index": 0, "text": "é\n"}, {"index": 3}], [])
+    assert records.read(path) == ([RECORD | {"text": "é\n"}, RECORD | {"index": 3}, {"index": 4}], [])
     assert records.read_about(path) == ABOUT
 
 
 def test_a_half_written_line_is_cut_off_and_made_again(tmp_path):
     path = tmp_path / "generation.jsonl"
     records.continue_file(path, ABOUT, overwrite=False)
-    whole = b'{"index": 0}\n'
+    whole = json.dumps(RECORD).encode() + b"\n"
     path.write_bytes(whole + b'{"index": 1, "te')
     assert len(records.read(path)[1]) == 1
     assert records.continue_file(path, ABOUT, overwrite=False) == {0}

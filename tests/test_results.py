@@ -18,6 +18,7 @@ RUN = {
     "num_targets": 100,
     "untrained": {"perplexity": 99.5},
     "wall_seconds": 61.2,
+    "settings": {},
 }
 
 
