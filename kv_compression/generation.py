@@ -86,14 +86,17 @@ def prefill(
     last = (real * torch.arange(length, device=real.device)).argmax(-1)
     found = [None] * batch
     for start in range(0, length, chunk):
-        part = real[:, start : start + chunk]
-        padding = None if attention_mask is None else part
+        within = range(start, start + chunk)
+        ending = {row: position - start for row, position in enumerate(last.tolist()) if position in within}
+        wanted = sorted(set(ending.values())) or [0]  # scores of the whole vocabulary cost as much as a layer or more
         logits = model(
-            input_ids=input_ids[:, start : start + chunk], attention_mask=padding, past_key_values=cache
+            input_ids=input_ids[:, start : start + chunk],
+            attention_mask=None if attention_mask is None else real[:, start : start + chunk],
+            past_key_values=cache,
+            logits_to_keep=torch.tensor(wanted, device=input_ids.device),
         ).logits
-        for row, position in enumerate(last.tolist()):
-            if start <= position < start + chunk:
-                found[row] = logits[row, position - start]
+        for row, position in ending.items():
+            found[row] = logits[row, wanted.index(position)]
     return torch.stack(found)
 
 
