@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression.errors import Parser, RunError, UsageError, quiet_libraries, run_script
+from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 
@@ -47,7 +48,7 @@ def main() -> None:
     flags = parse()
     quiet_libraries()
     files = find_files(flags.paths)
-    from kv_compression import presets, records, results
+    from kv_compression import presets, records
 
     scored, scorers = {}, {}
     for path in files:
@@ -62,7 +63,7 @@ def main() -> None:
                 scorers.clear()  # one pair of models at a time
                 scorers[models] = presets.load_scorers(models)
             old = score(path, about, made_from, scorers[models])
-            results.write_json(target, old)
+            write_json(target, old)
         scored[path] = old
         trouble = "; ".join(f"{count} {reason}" for reason, count in old["skipped"].items() if count)
         if trouble:
@@ -134,20 +135,17 @@ def render(table: list[dict]) -> str:
         mean, low, high = (line[name] for name in (metric, f"{metric}_low", f"{metric}_high"))
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-    def number(value, digits=3):
-        return "-" if value is None else f"{value:.{digits}f}"
-
     head = ("method", "ratio", "documents", "cache", "ROUGE-L", "BERTScore", "perplexity", "token-weighted")
     lines = [head] + [
         (
             str(line["method"]),
             str(line["bound_ratio"]),
             str(line["num_documents"]),
-            number(line["cache_fraction"]),
+            figure(line["cache_fraction"], 3),
             cell(line, "rouge_l", 4),
             cell(line, "bertscore", 4),
             cell(line, "perplexity", 1),
-            number(line["perplexity_token_weighted"], 1),
+            figure(line["perplexity_token_weighted"], 1),
         )
         for line in sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0))
     ]
@@ -190,12 +188,7 @@ def write_csv(path: Path, table: list[dict]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(table[0]))
     writer.writeheader()
     writer.writerows(table)
-    try:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ class SentinelCache(Cache):
             self._drop(~folded)
         elif self._may_drop:
             self._drop(self.rule.keeps(self.kinds, self.positions))
+        else:
+            return
         if bool(((self.kinds == CR) | (self.kinds == STRAY)).any()):
             self.kinds = torch.where((self.kinds == CR) | (self.kinds == STRAY), COMPRESSED, self.kinds)
             self._undoable = 0
@@ -205,7 +207,11 @@ class SentinelCache(Cache):
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
         self._undoable = 0
-        self._visible_to_all = all(len(row) == slots for row in rows) and not bool((self.kinds == CL).any())
+        self._visible_to_all = self._all_visible()
+
+    def _all_visible(self) -> bool:
+        """Whether text sees every slot: none is padding, none an open <CL>."""
+        return bool(self.real.all()) and not bool((self.kinds == CL).any())
 
     def compress(self, first, last, model: nn.Module | None = None) -> None:
         """Fold a span of text that is already in the cache into one key, by reading <CL> and <CR> alone.
@@ -262,7 +268,7 @@ class SentinelCache(Cache):
         self._drop(rank >= count[:, None])
 
     def _truncate(self, slots: int) -> None:
-        """Take back what a forward pass that failed has added."""
+        """Take back what stands behind the first `slots`: what a forward pass has added that failed or is unread."""
         self._fold, self._admitted = None, False
         for name in PER_SLOT:
             setattr(self, name, getattr(self, name)[:, :slots].contiguous())
@@ -286,7 +292,7 @@ class SentinelCache(Cache):
             self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
-            self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
+            self._visible_to_all = self._all_visible()
 
     def reset(self) -> None:
         """Forget everything; the memory is freed."""
@@ -310,7 +316,7 @@ class SentinelCache(Cache):
         """Let the padding go that only rows which have left needed."""
         if not bool(self.real.any(0).all()):
             self._drop(self.real)
-        self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
+        self._visible_to_all = self._all_visible()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, so that one prefill serves several continuations."""
@@ -373,7 +379,7 @@ class SentinelCache(Cache):
             layer.keys, layer.values = keys, values
             self.layers.append(layer)
         self._tokens_read = tokens_read
-        self._visible_to_all = bool(self.real.all()) and not bool((self.kinds == CL).any())
+        self._visible_to_all = self._all_visible()
 
 
 def _own_key(new: int, slots: int, device) -> Tensor:

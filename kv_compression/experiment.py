@@ -46,7 +46,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 def finished(settings: Settings, overwrite: bool) -> dict | None:
     """Results of the very same settings in the output folder, if there are any.
 
-    Raises UsageError if the folder holds a run of other settings, or anything that is not a run, unless `overwrite`.
+    Raises UsageError if the folder holds a run of other settings, unless `overwrite`, or anything that is not a run.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():

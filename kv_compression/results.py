@@ -14,17 +14,20 @@ REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity",
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` as JSON beside `path` and rename it there, so that no reader sees half a file.
+    """`write_text` of `content` as JSON; numbers that JSON does not know (infinite, not a number) become null."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
-    Numbers that JSON does not know (infinite, not a number) become null. Raises RunError if the disk refuses.
-    """
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it there: no reader sees half of it. RunError if the disk refuses."""
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8", newline=""
+        ) as file:
             partial = file.name
-            json.dump(_finite(content), file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
@@ -62,12 +65,12 @@ def read_results(folder: Path) -> dict | None:
 def summary(results: dict) -> str:
     """One line on a run: what was measured, then how."""
     before = results.get("untrained", {}).get("perplexity")
-    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {_figure(before)}"
+    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(before)}"
     return (
-        f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {_figure(results['perplexity'])} "
-        f"({trained}), {results.get('num_targets')} tokens, removed {_figure(results['removed_fraction'], 3)}, "
-        f"attended {_figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
-        f"protocol {results['protocol']}, seed {results['seed']}, {_figure(results.get('wall_seconds'), 0)} s"
+        f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
+        f"({trained}), {results.get('num_targets')} tokens, removed {figure(results['removed_fraction'], 3)}, "
+        f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
+        f"protocol {results['protocol']}, seed {results['seed']}, {figure(results.get('wall_seconds'), 0)} s"
     )
 
 
@@ -80,11 +83,11 @@ def table(runs: list[dict]) -> str:
         (
             run["method"],
             str(run["bound_ratio"]),
-            _figure(run["removed_fraction"], 3),
-            _figure(run.get("attended_fraction"), 3),
-            _figure(run["perplexity"]),
-            _figure(run.get("untrained", {}).get("perplexity")),
-            _figure(run.get("wall_seconds"), 0),
+            figure(run["removed_fraction"], 3),
+            figure(run.get("attended_fraction"), 3),
+            figure(run["perplexity"]),
+            figure(run.get("untrained", {}).get("perplexity")),
+            figure(run.get("wall_seconds"), 0),
         )
         for run in runs
     ]
@@ -95,7 +98,8 @@ def table(runs: list[dict]) -> str:
     )
 
 
-def _figure(value: float | None, digits: int = 2) -> str:
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals, "-" where there is none."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
