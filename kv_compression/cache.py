@@ -21,18 +21,20 @@ from kv_compression.visibility import (
     CL,
     COMPRESSED,
     CR,
+    GONE,
+    LEAVING,
     METHODS,
-    STRAY,
     TEXT,
     UNDRAWN,
+    Held,
     KVCompression,
     Read,
     Rule,
     check_ratio,
 )
 
-FORMAT = "kv_compression.SentinelCache 1"
-PER_SLOT = ("kinds", "positions", "real")  # tensors (batch, slots)
+FORMAT = "kv_compression.SentinelCache 2"
+PER_SLOT = ("kinds", "positions", "starts", "real")  # tensors (batch, slots)
 PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
 
 
@@ -70,6 +72,8 @@ class SentinelCache(Cache):
             raise ValueError("SentinelCache needs either cl_id and cr_id, or rule=…")
         super().__init__(layer_class_to_replicate=SentinelLayer)
         self.rule = rule or KVCompression(cl_id, cr_id)
+        if self.rule.isolate_documents or self.rule.position_ids_by_document:
+            raise ValueError("a cache reads one document a row: there is nothing to isolate")
         self._decoder = None
         self._forget()
 
@@ -135,7 +139,7 @@ class SentinelCache(Cache):
         batch, new = input_ids.shape
         if self.kinds is None:
             nothing = input_ids.new_zeros(batch, 0)
-            self.kinds, self.positions, self.real = nothing, nothing, nothing.bool()
+            self.kinds, self.positions, self.starts, self.real = nothing, nothing, nothing, nothing.bool()
             self.text_read = self.digest = torch.zeros_like(input_ids[:, 0])
             self.began = self.text_read.bool()
         if self.kinds.shape[0] != batch:
@@ -147,8 +151,9 @@ class SentinelCache(Cache):
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
         text = self.rule.text(input_ids, real)
         positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
-        read = Read(positions, real, self.digest, self.began, (self.kinds == CL).any(-1))
-        kinds = self.rule.kinds(input_ids, read)
+        opened = ((self.kinds == CL) | (self.kinds == CR)).any(-1)
+        read = Read(positions, real, self.digest, self.began, opened)
+        kinds = torch.where(real, self.rule.kinds(input_ids, read), GONE)
         self.began = self.began | ~text.logical_or(~real).all(-1)
         self._note(kinds, positions, real)
         self.digest = read.digest
@@ -156,18 +161,23 @@ class SentinelCache(Cache):
         self._tokens_read += new
         self._undoable += new
         plain = padding is None or bool(real.all())
-        self._may_drop = not plain or self.rule.may_drop(kinds)
+        self._may_drop = not plain or self.rule.may_drop(self._held, new)
         was_visible = self._visible_to_all
         self._visible_to_all = was_visible and plain and not bool((kinds == CL).any())
         if new == 1 and self._visible_to_all and not self._may_drop:
             return None, positions
-        seen = self.rule.sees(self.kinds, self.positions, new) & self.real[:, None, :]
-        return seen | _own_key(new, self.slots, seen.device), positions
+        seen = self.rule.sees(self._held, new) & self.real[:, None, :]
+        return seen | (_own_key(new, self.slots, seen.device) & ~real[:, :, None]), positions
 
     def _note(self, kinds: Tensor, positions: Tensor, real: Tensor) -> None:
         self.kinds = torch.cat([self.kinds, kinds], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
+        self.starts = torch.cat([self.starts, torch.zeros_like(positions)], dim=1)
         self.real = torch.cat([self.real, real], dim=1)
+
+    @property
+    def _held(self) -> Held:
+        return Held(self.kinds, self.positions, self.starts)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
@@ -181,15 +191,15 @@ class SentinelCache(Cache):
         """Let go of every key that no later token can see; called when all layers have read the admitted tokens."""
         self._admitted = False
         if self._fold is not None:
-            folded, self._fold = self._fold, None
-            self._drop(~folded)
+            held, self._fold = self._fold, None
         elif self._may_drop:
-            self._drop(self.rule.keeps(self.kinds, self.positions))
+            held = self.rule.settled(self._held)
         else:
             return
-        if bool(((self.kinds == CR) | (self.kinds == STRAY)).any()):
-            self.kinds = torch.where((self.kinds == CR) | (self.kinds == STRAY), COMPRESSED, self.kinds)
+        if not torch.equal(held.kinds, self.kinds):
             self._undoable = 0
+        self.kinds, self.positions, self.starts = held
+        self._drop(self.rule.keeps(held, self.text_read))
 
     def _drop(self, keep: Tensor) -> None:
         """Keep the slots where `keep` `(batch, slots)` is True, but no padding."""
@@ -202,8 +212,9 @@ class SentinelCache(Cache):
             if layer.is_initialized:
                 layer.keep(rows, slots)
         pad = torch.nn.utils.rnn.pad_sequence
-        self.kinds = pad([kinds[row] for kinds, row in zip(self.kinds, rows)], batch_first=True)
+        self.kinds = pad([kinds[row] for kinds, row in zip(self.kinds, rows)], batch_first=True, padding_value=GONE)
         self.positions = pad([positions[row] for positions, row in zip(self.positions, rows)], batch_first=True)
+        self.starts = pad([starts[row] for starts, row in zip(self.starts, rows)], batch_first=True)
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
         self._undoable = 0
@@ -214,7 +225,7 @@ class SentinelCache(Cache):
         return bool(self.real.all()) and not bool((self.kinds == CL).any())
 
     def compress(self, first, last, model: nn.Module | None = None) -> None:
-        """Fold a span of text that is already in the cache into one key, by reading <CL> and <CR> alone.
+        """Fold a span of text that is already in the cache into its <CR>, by reading <CL> and <CR> alone.
 
         `first` and `last` are inclusive text positions (ints, or one per row; a row whose last is below its first is
         left alone). The cache is then exactly what reading the span between sentinels would have left, if nothing was
@@ -228,7 +239,7 @@ class SentinelCache(Cache):
         batch, device = len(self.kinds), self.kinds.device
         first = torch.as_tensor(first, device=device).expand(batch)
         last = torch.as_tensor(last, device=device).expand(batch)
-        if bool((self.kinds == CL).any()):
+        if bool(((self.kinds == CL) | (self.kinds == CR)).any()):
             raise ValueError("a span is still open: its <CR> has to be read first")
         span = self.real & (self.kinds == TEXT)
         span &= (first[:, None] <= self.positions) & (self.positions <= last[:, None])
@@ -240,7 +251,8 @@ class SentinelCache(Cache):
             raise ValueError("the model is not patched with the cache's rule")
         slots = self.slots
         self._fold = (span, first, last)
-        sentinels = torch.tensor([[self.rule.cl_id, self.rule.cr_id]], device=device).expand(batch, 2)
+        sentinels = [self.rule.cl_id] + [self.rule.cr_id] * self.rule.cr_tokens
+        sentinels = torch.tensor([sentinels], device=device).expand(batch, -1)
         try:
             with torch.no_grad():
                 decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
@@ -250,16 +262,36 @@ class SentinelCache(Cache):
         self.began = self.began | (last >= first)
 
     def _admit_fold(self, new: int) -> tuple[Tensor, Tensor]:
+        """As `admit`, for a <CL> and <CR> that stand where the text has gone on behind their span."""
         span, first, last = self._fold
-        concerned = (last >= first)[:, None].expand(-1, 2)
-        positions = torch.stack([(first - 1).clamp(min=0), last], dim=1)
-        self._note(torch.tensor([[CL, CR]], device=span.device).expand(len(span), 2), positions, concerned)
-        leaves = torch.nn.functional.pad(span, (0, new))
-        leaves[:, -2] = True
-        seen = torch.zeros(len(span), new, self.slots, dtype=torch.bool, device=span.device)
-        seen[:, 1] = leaves
-        self._fold = leaves
-        return seen | _own_key(new, self.slots, seen.device), positions
+        rule, slots = self.rule, self.slots
+        concerned = (last >= first)[:, None].expand(-1, new)
+        positions = last[:, None].repeat(1, new)
+        positions[:, 0] = (first - 1).clamp(min=0)
+        kinds = torch.tensor([CL] + [CR] * (new - 1), device=span.device).expand(len(span), new)
+        self._note(torch.where(concerned, kinds, GONE), positions, concerned)
+
+        sinks = (self.kinds == TEXT) & (self.positions < rule.sink_tokens) & self.real
+        seen = _own_key(new, self.slots, span.device) | sinks[:, None, :]
+        of_cr = torch.nn.functional.pad(span, (0, new), value=True)
+        if rule.cr_visibility == "context":
+            at = last[:, None]
+            lives = (self.kinds != LEAVING) | (self.positions + rule.recent_tokens > at)
+            earlier = (self.positions <= at) & (self.starts <= at + 1) & lives & (self.kinds != CL)
+            of_cr = of_cr | earlier
+        seen = seen.expand(len(span), -1, -1).clone()
+        seen[:, 1:] |= of_cr[:, None, :]
+        index = torch.arange(self.slots, device=span.device)
+        seen &= (index <= index[slots:, None]) & (self.real[:, None, :] | _own_key(new, self.slots, span.device))
+
+        first_to_go = first.clamp(min=rule.sink_tokens)
+        starts = torch.where((last >= first_to_go) & (rule.recent_tokens > 0), first_to_go + rule.recent_tokens + 1, 0)
+        is_cr = index > slots
+        leaves = torch.nn.functional.pad(span, (0, new)) & ~sinks
+        kinds = torch.where(leaves, LEAVING, self.kinds)
+        kinds = torch.where(kinds == CL, GONE, torch.where(kinds == CR, COMPRESSED, kinds))
+        self._fold = Held(kinds, self.positions, torch.where(is_cr, starts[:, None], self.starts))
+        return seen, positions
 
     def drop_oldest(self, count: Tensor) -> None:
         """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
@@ -390,8 +422,12 @@ def _own_key(new: int, slots: int, device) -> Tensor:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal_lm.get_decoder()
+    return causal_lm_of(model).get_decoder()
+
+
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself: what a peft model wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass(frozen=True)
@@ -441,7 +477,9 @@ class Budget:
 
     def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
         """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""
-        plain = cache.real[row] & (cache.kinds[row] == TEXT) & (cache.positions[row] < text_read - self.recent)
+        recent, sinks = max(self.recent, cache.rule.recent_tokens), cache.rule.sink_tokens
+        plain = cache.real[row] & (cache.kinds[row] == TEXT)
+        plain &= (cache.positions[row] >= sinks) & (cache.positions[row] < text_read - recent)
         positions = cache.positions[row][plain].sort().values
         if len(positions) < self.span_length:
             return 0, -1

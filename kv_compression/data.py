@@ -8,8 +8,9 @@ made per batch by the patched model.
 
 import glob
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -18,12 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kv_compression.disk_cache import cached_tensors, digest
 from kv_compression.errors import RunError, UsageError, one_line
-from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, next_text_token
-from kv_compression.spans import exact_spans, paper_spans
+from kv_compression.information import unit_starts
+from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
+from kv_compression.spans import exact_spans, most_removable, paper_spans
+from kv_compression.strategic import cheapest_spans, fixed_spans
 
+SPAN_SAMPLERS = ("random", "fixed", "self_information")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
+TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
 
 
@@ -113,35 +119,120 @@ def _present(batch: dict) -> list[bool]:
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """How spans are drawn: for `compress` (is the method KV compression?) at `ratio`, fixed by `seed`."""
+    """How spans are drawn: for `compress` (is the method KV compression?) at `ratio`, fixed by `seed`.
+
+    The `sampler` is "random" (the protocol's own), "fixed" (equal chunks) or "self_information" (where the base model
+    is surprised least, in whole units). The first `sink_tokens` and the last `recent_tokens` of a block stay out of
+    spans; `cr_tokens` <CR> close one.
+    """
 
     compress: bool
     ratio: float
     max_span_length: int
     seed: int
+    sampler: str = "random"
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    cr_tokens: int = 1
+
+    def spans(self, num_tokens: int, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
+        """Spans that remove the exact share of a text of so many tokens; ValueError if that cannot be."""
+        last = max(num_tokens - self.recent_tokens, 0)
+        region = {"cr_tokens": self.cr_tokens, "first": min(self.sink_tokens, last), "last": last}
+        if self.sampler == "fixed":
+            return fixed_spans(num_tokens, self.ratio, self.max_span_length, **region)
+        if self.sampler == "self_information":
+            return cheapest_spans(information, self.ratio, self.max_span_length, unit_starts=unit_starts, **region)
+        return exact_spans(num_tokens, self.ratio, self.max_span_length, rng, **region)
+
+    def spans_by_document(self, documents, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
+        """As `spans`, no span across two documents; `documents` is the number of every token's document.
+
+        Every document gives up a share that is as equal as spans allow.
+        """
+        num_tokens = len(documents)
+        bounds = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), num_tokens]
+        regions = []
+        for start, end in zip(bounds, bounds[1:]):
+            first, last = max(start, self.sink_tokens), min(end, num_tokens - self.recent_tokens)
+            if last > first:
+                regions.append((first, last))
+        bound = [most_removable(last - first, self.max_span_length, self.cr_tokens) for first, last in regions]
+        to_remove = round(self.ratio * num_tokens)
+        if to_remove > sum(bound):
+            raise ValueError(
+                f"ratio {self.ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most "
+                f"{self.max_span_length} can remove {sum(bound)} from the {len(regions)} documents of a block: "
+                "lower the ratio, allow longer spans or do not isolate documents"
+            )
+        spans = []
+        for number, (first, last) in enumerate(regions):
+            left = sum(bound[number + 1 :])
+            share = round(to_remove * (last - first) / sum(end - start for start, end in regions[number:]))
+            share = max(min(share, bound[number]), to_remove - left)
+            to_remove -= share
+            part = replace(self, ratio=share / (last - first), sink_tokens=0, recent_tokens=0)
+            own = (None if column is None else column[first:last] for column in (information, unit_starts))
+            spans += [(first + begin, first + end) for begin, end in part.spans(last - first, rng, *own)]
+        return spans
 
 
-def tokenize(rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None) -> Tensor:
-    """All rows as one stream of token ids, long `(tokens,)`.
+def tokenize(
+    rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
+) -> dict[str, Tensor]:
+    """All rows as one stream of tokens, kept on disk for the next run.
 
-    With a `plan` that compresses, sentinels stand in the text as words (protocol `paper`).
+    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of.
+    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins. With a `plan` that
+    compresses, sentinels stand in the text as words (protocol `paper`).
     """
-    arguments = {"tokenizer": tokenizer, "split": split, "plan": plan if plan and plan.compress else None}
-    tokenized = rows.map(
-        _tokenize_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs=arguments,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int64"))}),
-        remove_columns=rows.column_names,
-        num_proc=num_workers if num_workers and num_workers > 1 else None,
-        desc=f"tokenizing {split}",
-    )
-    flat = tokenized.data.column("input_ids").combine_chunks().flatten()
-    return torch.from_numpy(np.array(flat, dtype=np.int64))
+    plan = plan if plan and plan.compress else None
+
+    def compute() -> dict[str, Tensor]:
+        features = {"input_ids": datasets.List(datasets.Value("int64"))}
+        if unit != "token":
+            features["unit_starts"] = datasets.List(datasets.Value("bool"))
+        tokenized = rows.map(
+            _tokenize_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "split": split, "plan": plan, "unit": unit},
+            features=datasets.Features(features),
+            remove_columns=rows.column_names,
+            num_proc=num_workers if num_workers and num_workers > 1 else None,
+            desc=f"tokenizing {split}",
+        )
+        columns = {name: tokenized.data.column(name).combine_chunks() for name in features}
+        stream = {name: torch.tensor(np.array(column.flatten())) for name, column in columns.items()}
+        counts = torch.tensor(np.array(columns["input_ids"].value_lengths(), dtype=np.int64))
+        return stream | {"documents": torch.tensor(document_numbers(rows["text"])).repeat_interleave(counts)}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return compute()
+    key = {
+        "text": digest(*rows["text"]),
+        "tokenizer": digest(backend.to_str()),
+        "split": split,
+        "plan": asdict(plan) if plan else None,
+        "unit": unit,
+    }
+    return cached_tensors("tokens", key, compute)
 
 
-def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan: SpanPlan | None) -> dict:
+def document_numbers(texts: Sequence[str]) -> list[int]:
+    """The number, from 0, of the document that each row is of.
+
+    Where rows are lines of WikiText an article is a document, and begins at its title line; else a row is one.
+    """
+    titles = [TITLE.fullmatch(text) is not None for text in texts]
+    if any(titles):
+        titles[0] = False  # what stands before the first title is a document, if there is anything
+        return np.cumsum(titles).tolist()
+    return list(range(len(texts)))
+
+
+def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan: SpanPlan | None, unit: str) -> dict:
     texts = batch["text"]
     for index, text in zip(indices, texts):
         if CL_TOKEN in text or CR_TOKEN in text:
@@ -151,7 +242,11 @@ def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan
             mark_words(text, plan, np.random.default_rng([plan.seed, SPLITS.index(split), index]))
             for index, text in zip(indices, texts)
         ]
-    return {"input_ids": tokenizer(texts)["input_ids"]}
+    if unit == "token":
+        return {"input_ids": tokenizer(texts)["input_ids"]}
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    starts = unit_starts(texts, encoded["offset_mapping"], unit)
+    return {"input_ids": encoded["input_ids"], "unit_starts": starts}
 
 
 def mark_words(text: str, plan: SpanPlan, rng) -> str:
@@ -161,29 +256,45 @@ def mark_words(text: str, plan: SpanPlan, rng) -> str:
     return " ".join(insert_sentinels(words, spans, CL_TOKEN, CR_TOKEN))
 
 
-def cut_blocks(stream: Tensor, block_size: int, split: str) -> Tensor:
+def cut_blocks(stream: dict[str, Tensor], block_size: int, split: str) -> dict[str, Tensor]:
     """A token stream as blocks `(blocks, block_size)`; what does not fill a block is dropped."""
-    num_blocks = len(stream) // block_size
+    tokens = len(stream["input_ids"])
+    num_blocks = tokens // block_size
     if num_blocks == 0:
         raise UsageError(
-            f"the {split} split has {len(stream)} tokens, too few for one block of {block_size}: "
+            f"the {split} split has {tokens} tokens, too few for one block of {block_size}: "
             "give more text or a smaller --block_size"
         )
-    return stream[: num_blocks * block_size].view(num_blocks, block_size)
+    return {name: column[: num_blocks * block_size].view(num_blocks, block_size) for name, column in stream.items()}
 
 
 class Blocks(torch.utils.data.Dataset):
     """The blocks of one split; item i is the list of token ids of block i, sentinels in it.
 
-    With a `plan` (protocol `matched`) an item's spans are an exact draw on its tokens, a fixed function of the seed,
-    the split, the block and the `epoch`; without one the blocks are as they are.
+    With a `plan` (protocol `matched`) an item's spans are drawn on its tokens, a fixed function of the seed, the split,
+    the block and the `epoch`; without one the blocks are as they are. `information` and `unit_starts`,
+    `(blocks, block_size)`, are what the sampler "self_information" needs. With `documents`, `(blocks, block_size)`, a
+    batch's attention mask numbers the documents, and no span goes across two of them.
     """
 
-    def __init__(self, tokens: Tensor, split: str, plan: SpanPlan | None, cl_id: int, cr_id: int):
+    def __init__(
+        self,
+        tokens: Tensor,
+        split: str,
+        plan: SpanPlan | None,
+        cl_id: int,
+        cr_id: int,
+        *,
+        documents: Tensor | None = None,
+        information: Tensor | None = None,
+        unit_starts: Tensor | None = None,
+    ):
         self.tokens = tokens
         self.split = split
         self.plan = plan if plan and plan.compress else None
         self.cl_id, self.cr_id = cl_id, cr_id
+        self.documents = documents
+        self.information, self.unit_starts = information, unit_starts
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -193,9 +304,16 @@ class Blocks(torch.utils.data.Dataset):
         tokens = self.tokens[index].tolist()
         if self.plan is None:
             return tokens
+        return insert_sentinels(tokens, self._spans(index), self.cl_id, self.cr_id, self.plan.cr_tokens)
+
+    def _spans(self, index: int) -> list[tuple[int, int]]:
         rng = np.random.default_rng([self.plan.seed, SPLITS.index(self.split), self.epoch, index])
-        spans = exact_spans(len(tokens), self.plan.ratio, self.plan.max_span_length, rng)
-        return insert_sentinels(tokens, spans, self.cl_id, self.cr_id)
+        information, starts = (
+            None if column is None else column[index].numpy() for column in (self.information, self.unit_starts)
+        )
+        if self.documents is not None:
+            return self.plan.spans_by_document(self.documents[index].numpy(), rng, information, starts)
+        return self.plan.spans(self.tokens.shape[1], rng, information, starts)
 
     def collate(self, blocks: Sequence[list[int]]) -> dict[str, Tensor]:
         """A batch: `input_ids`, `attention_mask` (0 for padding, on the right) and `labels`, long `(batch, length)`."""
@@ -212,7 +330,20 @@ class Blocks(torch.utils.data.Dataset):
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The blocks `indices` as a batch."""
-        return self.collate([self[index] for index in indices])
+        batch = self.collate([self[index] for index in indices])
+        if self.documents is not None:
+            numbers = [self._documents(index, ids) for index, ids in zip(indices, batch["input_ids"])]
+            batch["attention_mask"] *= torch.stack(numbers)
+        return batch
+
+    def _documents(self, index: int, ids: Tensor) -> Tensor:
+        """The number, from 1, of the document of every token; a <CL> is of its span's, a <CR> of what is before it."""
+        documents = self.documents[index] - self.documents[index, 0] + 1
+        if self.plan is None:
+            return torch.nn.functional.pad(documents, (0, len(ids) - len(documents)), value=1)
+        text = is_text(ids, self.cl_id, self.cr_id)
+        place = text.long().cumsum(-1) - (text | (ids == self.cr_id)).long()
+        return documents[place.clamp(0, len(documents) - 1)]
 
     def fingerprint(self) -> str:
         """SHA-256 over the blocks' token ids and shape."""

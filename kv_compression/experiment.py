@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import accelerate
@@ -23,7 +23,6 @@ from kv_compression.data import (
     OFFLINE,
     SPLITS,
     Blocks,
-    SpanPlan,
     check_hub,
     cut_blocks,
     load_file,
@@ -31,6 +30,7 @@ from kv_compression.data import (
     tokenize,
 )
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.information import cached_self_information
 from kv_compression.perplexity import evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
@@ -58,9 +58,9 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
         return None
     results = read_results(folder)
     if results is not None:
-        if results.get("settings") == settings.identity():
-            return results
         differing = _differences(results.get("settings"), settings.identity())
+        if not differing:
+            return results
         raise UsageError(
             f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
             "or replace them with --overwrite"
@@ -79,9 +79,10 @@ def _made_by_a_run(path: Path) -> bool:
 
 
 def _differences(old, new: dict) -> str:
-    old = old if isinstance(old, dict) else {}
-    changed = [f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name]]
-    return "; ".join(changed[:3]) or "of an older version"
+    """The first settings that differ, "" if none does. What an older version did not know had its default."""
+    old = Settings().identity() | (old if isinstance(old, dict) else {})
+    changed = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in old if old[name] != new.get(name)]
+    return "; ".join(changed[:3])
 
 
 def run(settings: Settings) -> dict:
@@ -96,7 +97,7 @@ def run(settings: Settings) -> dict:
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
-    rule, splits = prepare(settings, tokenizer, model, accelerator)
+    rule, splits = prepare(settings, tokenizer, model, accelerator, revision)
     if accelerator.is_main_process:
         _clear(folder)
         _log_to(folder / "train.log")
@@ -115,7 +116,9 @@ def run(settings: Settings) -> dict:
     writer = tensorboardX.SummaryWriter(str(folder / "tensorboard")) if accelerator.is_main_process else None
     try:
         with compressed_attention(model, rule=rule) as patch:
-            untrained = score("test", "test split, untrained")
+            untrained = None
+            if settings.eval_only or not settings.skip_untrained:
+                untrained = score("test", "test split, untrained")
             report = None
             if not settings.eval_only:
                 report = train(model, splits["train"], patch, accelerator, settings, writer)
@@ -208,13 +211,7 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
     results = read_results(Path(folder))
     if results is None:
         raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
-    names = {field.name for field in fields(Settings)}
-    recorded = {name: value for name, value in results["settings"].items() if name in names}
-    try:
-        settings = Settings(**recorded | {"mixed_precision": "no", "eval_only": True})
-        settings.check()
-    except (TypeError, ValueError) as error:
-        raise RunError(f"the settings in {folder}/results.json are damaged: {one_line(error)}") from error
+    settings = replace(recorded_settings(results, folder), mixed_precision="no", eval_only=True)
     tokenizer, model, _ = load_model(settings)
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
@@ -225,6 +222,18 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
     return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, results
 
 
+def recorded_settings(results: dict, folder: str) -> Settings:
+    """The settings of a finished run; RunError if they cannot be those of one."""
+    names = {field.name for field in fields(Settings)}
+    recorded = {name: value for name, value in results["settings"].items() if name in names}
+    try:
+        settings = Settings(**recorded)
+        settings.check()
+    except (TypeError, ValueError) as error:
+        raise RunError(f"the settings in {folder}/results.json are damaged: {one_line(error)}") from error
+    return settings
+
+
 def check_length(model: nn.Module, block_size: int) -> None:
     """Raise UsageError if the model has fewer positions than a block has tokens."""
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -232,7 +241,7 @@ def check_length(model: nn.Module, block_size: int) -> None:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 
 
-def prepare(settings: Settings, tokenizer, model, accelerator) -> tuple[Rule, dict[str, Blocks]]:
+def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
     """The method's rule, with its sentinels in tokenizer and model, and the blocks of every split there is."""
     method = METHODS[settings.method]
     wanted = [split for split in SPLITS if split != "train" or not settings.eval_only]
@@ -241,20 +250,37 @@ def prepare(settings: Settings, tokenizer, model, accelerator) -> tuple[Rule, di
         if split not in rows:
             source = settings.dataset_name or "the local files"
             raise UsageError(f"{source}: there is no {split} split; name one with --{split}_file")
-    plan = SpanPlan(method.uses_sentinels, settings.bound_ratio, settings.max_span_length, settings.seed)
+    plan = settings.span_plan()
     in_text = plan if settings.protocol == "paper" else None
     on_blocks = plan if settings.protocol == "matched" else None
+    by_document = settings.isolate_documents or settings.position_ids_by_document
+    informed = plan.compress and plan.sampler == "self_information"
 
     cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
     splits = {}
     for split, texts in rows.items():
         with accelerator.main_process_first():
-            stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers)
-        tokens = cut_blocks(stream, settings.block_size, split)
+            stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers, settings.span_unit)
+        columns = cut_blocks(stream, settings.block_size, split)
         if split != "train":
-            tokens = tokens[: settings.max_eval_blocks]
-        splits[split] = Blocks(tokens, split, on_blocks, cl_id, cr_id)
-    return method(cl_id, cr_id, settings.bound_ratio, settings.seed), splits
+            columns = {name: column[: settings.max_eval_blocks] for name, column in columns.items()}
+        information = None
+        if informed:
+            identity = f"{settings.model_name_or_path} {revision} {next(model.parameters()).dtype}"
+            model.to(accelerator.device)
+            with accelerator.main_process_first():
+                information = cached_self_information(model, identity, columns["input_ids"])
+        splits[split] = Blocks(
+            columns["input_ids"],
+            split,
+            on_blocks,
+            cl_id,
+            cr_id,
+            documents=columns["documents"] if by_document else None,
+            information=information,
+            unit_starts=columns.get("unit_starts"),
+        )
+    return settings.rule(cl_id, cr_id), splits
 
 
 def load_rows(settings: Settings, split: str):

@@ -7,7 +7,7 @@ depends on the seed and the document's number alone, so an interrupted run conti
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from transformers import TopPLogitsWarper
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
+from kv_compression.information import unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels
-from kv_compression.spans import exact_spans
 from kv_compression.visibility import Rule
 
 # Runs of letters and digits, with apostrophes between letters or digits and points between digits.
@@ -113,10 +113,22 @@ class Sampler:
     chunk: int = 128
 
 
-def prefix_ids(document: Document, tokenizer, rule: Rule, plan: SpanPlan, protocol: str) -> list[int]:
+Informant = Callable[[list[int]], np.ndarray]  # from token ids to their self-information
+
+
+def prefix_ids(
+    document: Document,
+    tokenizer,
+    rule: Rule,
+    plan: SpanPlan,
+    protocol: str,
+    unit: str = "token",
+    inform: Informant | None = None,
+) -> list[int]:
     """The prefix as token ids, its spans between sentinels where the method compresses.
 
-    Under `matched` the exact sampler works on tokens, under `paper` the published one on words.
+    Under `matched` spans are drawn as `plan` says, under `paper` the published sampler works on words. A sampler by
+    self-information asks `inform`, and takes whole units.
     """
     if CL_TOKEN in document.prefix or CR_TOKEN in document.prefix:
         raise UsageError(f"document {document.index} holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
@@ -126,11 +138,17 @@ def prefix_ids(document: Document, tokenizer, rule: Rule, plan: SpanPlan, protoc
     tokens = tokenizer(document.prefix)["input_ids"]
     if not rule.uses_sentinels:
         return tokens
+    information = starts = None
+    if plan.sampler == "self_information":
+        information = inform(tokens)
+        if unit != "token":
+            offsets = tokenizer(document.prefix, return_offsets_mapping=True)["offset_mapping"]
+            starts = unit_starts([document.prefix], [offsets], unit)[0]
     try:
-        spans = exact_spans(len(tokens), plan.ratio, plan.max_span_length, rng)
+        spans = plan.spans(len(tokens), rng, information, starts)
     except ValueError as error:
         raise UsageError(f"document {document.index}: {error}") from error
-    return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id)
+    return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id, rule.cr_tokens)
 
 
 @torch.no_grad()
@@ -138,12 +156,12 @@ def continue_documents(
     model: nn.Module,
     tokenizer,
     documents: Sequence[Document],
+    rows: Sequence[list[int]],
     rule: Rule,
     plan: SpanPlan,
     sampler: Sampler,
-    protocol: str,
 ) -> Iterator[dict]:
-    """Continue a batch of documents with a patched model; one record a document.
+    """Continue a batch of documents with a patched model, `rows` being their `prefix_ids`; one record a document.
 
     A record holds `index`, `prefix`, `reference`, `continuations` (texts; `short_continuations` counts those that were
     given up with fewer words), `prefix_tokens`, the `cache_length` (keys) and `cache_bytes` that are held of the
@@ -151,7 +169,6 @@ def continue_documents(
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
-    rows = [prefix_ids(document, tokenizer, rule, plan, protocol) for document in documents]
     input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     real = torch.zeros_like(input_ids)
     for number, row in enumerate(rows):

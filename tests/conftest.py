@@ -9,7 +9,7 @@ import tempfile
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["ACCELERATE_USE_CPU"] = "1"  # the tests keep their models on the CPU, and compare with them
 CACHE = tempfile.mkdtemp(prefix="kv-compression-tests-")  # no test reads or fills the user's caches
-os.environ["HF_HOME"] = CACHE
+os.environ["HF_HOME"] = os.environ["XDG_CACHE_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 import pytest

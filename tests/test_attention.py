@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from kv_compression.attention import compressed_attention, patch
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention
+from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
@@ -15,7 +15,7 @@ IDS = torch.tensor(
         [9, 8, CL, 7, 6, 5, 4, CR, 3, 4, 5, 6, CL, 8, 9, CR, 10, 11, 12, 13],
     ]
 )
-BASELINES = [LocalAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
 
 
 def expected_logits(model, ids: list[int]) -> torch.Tensor:
@@ -52,13 +52,13 @@ def flex_attention_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
 def test_implementations_agree_forward_and_backward(architecture, rule, flex_attention_on_a_cpu):
     logits, gradients = {}, {}
-    for implementation in ("eager", "sdpa", "flex_attention"):
+    for implementation in ("eager", "sdpa", "grouped", "flex_attention"):
         model = random_model(architecture, implementation)
         with compressed_attention(model, rule=rule):
             logits[implementation] = model(IDS, use_cache=False).logits
             logits[implementation].square().mean().backward()
         gradients[implementation] = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for implementation in ("sdpa", "flex_attention"):
+    for implementation in ("sdpa", "grouped", "flex_attention"):
         torch.testing.assert_close(logits[implementation], logits["eager"], rtol=1e-4, atol=1e-5)
         for name, gradient in gradients["eager"].items():
             torch.testing.assert_close(gradients[implementation][name], gradient, rtol=1e-3, atol=1e-5)
@@ -77,7 +77,7 @@ def test_compiled_flex_attention_agrees_on_a_gpu():
     torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "grouped"])
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
 def test_padding_on_the_right_changes_nothing(architecture, implementation):
     model = random_model(architecture, implementation)
@@ -98,6 +98,8 @@ def test_baselines_use_their_own_masks():
         allowed = torch.ones(20, 20).tril().bool()
         if isinstance(rule, LocalAttention):
             allowed = torch.tensor(slow_rules.local_mask(20, 0.6))
+        elif isinstance(rule, SinkAttention):
+            allowed = torch.tensor(slow_rules.sink_mask(20, 0.6, 4))
         elif isinstance(rule, ScatteredAttention):
             allowed = rule.mask_mod(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
         additive = torch.zeros(20, 20).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
@@ -157,3 +159,8 @@ def test_what_a_patched_model_cannot_know_is_refused():
         cache = model(IDS, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="SentinelCache"):
             model(IDS, past_key_values=cache)
+
+
+def test_grouped_attention_without_a_patch_is_plain_causal_attention():
+    expected = random_model("llama", "sdpa")(IDS).logits
+    torch.testing.assert_close(random_model("llama", "grouped")(IDS).logits, expected, rtol=1e-4, atol=1e-5)

@@ -9,13 +9,20 @@ from hypothesis import strategies as st
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.errors import RunError
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention
+from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
 from tests import slow_rules
-from tests.layouts import CL, CR, blocks
+from tests.layouts import CL, CR, blocks, variants
 from tests.models import random_model
 
 KV = KVCompression(CL, CR)
-RULES = [KV, LocalAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+VARIANTS = [
+    KVCompression(CL, CR, sink_tokens=4),
+    KVCompression(CL, CR, cr_tokens=2),
+    KVCompression(CL, CR, cr_visibility="context"),
+    KVCompression(CL, CR, recent_tokens=5),
+    KVCompression(CL, CR, sink_tokens=3, cr_tokens=3, cr_visibility="context", recent_tokens=7),
+]
+RULES = [KV, *VARIANTS, LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
 MODELS = {
     (architecture, dtype): random_model(architecture, "sdpa", dtype)
     for architecture in ("gpt_neox", "llama", "opt")
@@ -23,16 +30,16 @@ MODELS = {
 }
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 architectures = pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
-rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.name}-{RULES.index(rule)}")
 
 
-def span_layout(length: int, seed: int) -> list[int]:
+def span_layout(length: int, seed: int, cr_tokens: int = 1) -> list[int]:
     """A block with closed spans of 1 … 6 tokens between stretches of text."""
     draw = random.Random(seed)
     ids = []
     while len(ids) < length:
         piece = [draw.randint(3, 60) for _ in range(draw.randint(1, 6))]
-        ids += [CL, *piece, CR] if draw.random() < 0.5 else piece
+        ids += [CL, *piece, *[CR] * cr_tokens] if draw.random() < 0.5 else piece
     return ids
 
 
@@ -69,7 +76,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
     model = MODELS[architecture, dtype]
     with compressed_attention(model, rule=rule), torch.no_grad():
         for seed in range(4):
-            ids = torch.tensor([span_layout(60, seed)])
+            ids = torch.tensor([span_layout(60, seed, rule.cr_tokens)])
             full = model(ids, use_cache=False).logits
             logits, _ = in_chunks(model, ids, rule, chunk_sizes(seed, 99))
             assert (logits - full).abs().max() < TOLERANCE[dtype]
@@ -80,7 +87,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
     model = MODELS[architecture, dtype]
-    rows = [span_layout(length, length) for length in (20, 45, 60)]
+    rows = [span_layout(length, length, rule.cr_tokens) for length in (20, 45, 60)]
     ids, real = padded(rows)
     with compressed_attention(model, rule=rule), torch.no_grad():
         logits, cache = in_chunks(model, ids, rule, chunk_sizes(7, 99), real)
@@ -93,6 +100,27 @@ def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
         for number, row in enumerate(rows):
             alone = model(torch.tensor([row + more[number].tolist()]), use_cache=False).logits[0, -1]
             assert (after[number] - alone).abs().max() < TOLERANCE[dtype]
+
+
+@settings(deadline=None, max_examples=150)
+@given(variants(), st.integers(1, 9))
+def test_any_variant_on_any_layout_in_any_chunks(variant, size):
+    """What is held at the end is what the restated rule says a later token could see."""
+    rule, options, ids = variant
+    model = MODELS["llama", torch.float64]
+    with compressed_attention(model, rule=rule), torch.no_grad():
+        full = model(torch.tensor([ids]), use_cache=False).logits
+        logits, cache = in_chunks(model, torch.tensor([ids]), rule, [size] * 99)
+    assert (logits - full).abs().max() < 1e-9
+    text = [token for token in ids if token not in (CL, CR)]
+    assert cache.logical_length == len(text)
+    if ids[-1] not in (CL, CR):  # else more <CR> might follow
+        last = len(ids)
+        seen = [slow_rules.visible([*ids, 9], last, k, CL, CR, **options) for k in range(last)]
+        waiting = sum(not seen[k] and ids[k] == CR for k in range(last))
+        spans = slow_rules.spans_of(ids, CL, CR, options["cr_tokens"])
+        still_open = ids.count(CL) - sum(has_cl for *_, has_cl in spans)
+        assert cache.length == sum(seen) + waiting + still_open
 
 
 @settings(deadline=None, max_examples=60)

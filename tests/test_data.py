@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kv_compression import data
 from kv_compression.errors import RunError, UsageError
@@ -83,8 +85,11 @@ def rows_of(texts):
 def test_matched_blocks_hold_the_same_text_for_every_method(tokenizer):
     cl, cr = sentinel_ids(tokenizer)
     stream = data.tokenize(rows_of(sentences(20, 0)), tokenizer, "test", None, None)
-    assert stream.tolist() == [token for text in sentences(20, 0) for token in tokenizer(text)["input_ids"]]
-    tokens = data.cut_blocks(stream, 64, "test")
+    assert stream["input_ids"].tolist() == [
+        token for text in sentences(20, 0) for token in tokenizer(text)["input_ids"]
+    ]
+    tokens = data.cut_blocks(stream, 64, "test")["input_ids"]
+    stream = stream["input_ids"]
     assert tokens.flatten().tolist() == stream[: len(stream) // 64 * 64].tolist()
     plain = data.Blocks(tokens, "test", plan(compress=False), cl, cr)
     marked = data.Blocks(tokens, "test", plan(), cl, cr)
@@ -118,10 +123,10 @@ def test_a_batch_is_padded_on_the_right():
     assert batch["labels"].tolist() == [[4, 5, -100, 6, 7, -100, -100], [9, 10] + [-100] * 5]
 
 
-def test_paper_protocol_puts_sentinels_into_the_text_as_words(tokenizer):
+def test_paper_protocol_puts_sentinels_into_the_text_as_words(tokenizer, monkeypatch):
     cl, cr = sentinel_ids(tokenizer)
     texts = sentences(10, 0) + [" too short to touch \n"]
-    stream = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), None).tolist()
+    stream = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), None)["input_ids"].tolist()
     assert stream.count(cl) == stream.count(cr) > 0
     before = [tokenizer.decode(stream[i - 1]) for i, token in enumerate(stream) if token in (cl, cr)]
     within_a_line = [text for text in before if not text.endswith("\n")]
@@ -129,9 +134,10 @@ def test_paper_protocol_puts_sentinels_into_the_text_as_words(tokenizer):
     assert len(within_a_line) > len(before) - len(texts)
     short = tokenizer(texts[-1])["input_ids"]
     assert stream[-len(short) :] == short
-    again = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), 2).tolist()
+    monkeypatch.setattr(data, "cached_tensors", lambda kind, key, compute: compute())
+    again = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), 2)["input_ids"].tolist()
     assert again == stream  # whatever the number of workers
-    assert data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6, seed=1), None).tolist() != stream
+    assert data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6, seed=1), None)["input_ids"].tolist() != stream
 
 
 def test_marked_words_are_the_sampled_spans():
@@ -145,4 +151,80 @@ def test_reserved_words_and_short_splits_are_refused(tokenizer):
     with pytest.raises(UsageError, match="row 1 of the train split"):
         data.tokenize(rows_of(["fine", "a <CR> b"]), tokenizer, "train", None, None)
     with pytest.raises(UsageError, match="too few for one block of 64"):
-        data.cut_blocks(torch.arange(63), 64, "test")
+        data.cut_blocks({"input_ids": torch.arange(63)}, 64, "test")
+
+
+def test_a_text_is_tokenized_once(tokenizer, monkeypatch):
+    rows = rows_of(sentences(5, seed=77))
+    first = data.tokenize(rows, tokenizer, "train", plan(0.6), None)
+    monkeypatch.setattr(data, "_tokenize_batch", None)
+    again = data.tokenize(rows_of(sentences(5, seed=77)), tokenizer, "train", plan(0.6), None)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(TypeError):  # other spans, other tokens
+        data.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
+
+
+WIKITEXT = ["", " = Anaximander = \n", " He lived . \n", " = = Life = = \n", " In Miletus . \n", " = X = \n", " Y . \n"]
+
+
+def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
+    assert data.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
+    assert data.document_numbers([" = X = \n", "a"]) == [0, 0]
+    assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
+
+
+def test_every_token_knows_its_document(tokenizer):
+    stream = data.tokenize(rows_of(WIKITEXT), tokenizer, "train", None, None)
+    text = {number: "" for number in range(3)}
+    for token, number in zip(stream["input_ids"].tolist(), stream["documents"].tolist()):
+        text[number] += tokenizer.decode(token)
+    assert text == {0: "", 1: "".join(WIKITEXT[1:5]), 2: "".join(WIKITEXT[5:])}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.floats(0, 0.8), st.integers(0, 4), st.integers(0, 5))
+def test_spans_within_documents(lengths, ratio, sinks, recent):
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    wanted = data.SpanPlan(True, ratio, 8, 0, sink_tokens=sinks, recent_tokens=recent)
+    try:
+        spans = wanted.spans_by_document(documents, np.random.default_rng(0))
+    except ValueError as error:
+        assert "ratio" in str(error)
+        return
+    assert sum(last - first for first, last in spans) == round(ratio * len(documents))
+    assert all(documents[first] == documents[last] and last - first < 8 for first, last in spans)
+    assert all(sinks <= first and last < len(documents) - recent for first, last in spans)
+    assert all(one[1] < other[0] for one, other in zip(spans, spans[1:]))
+
+
+@pytest.mark.parametrize("sampler", data.SPAN_SAMPLERS)
+def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
+    tokens = torch.arange(3, 67).repeat(2, 1)
+    wanted = data.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)
+    information = torch.rand(2, 64, generator=torch.Generator().manual_seed(0))
+    ids = data.Blocks(tokens, "test", wanted, 1, 2, information=information)[1]
+    spans = slow_rules.spans_of(ids, 1, 2, 2)
+    assert slow_rules.removed(ids, 1, 2, cr_tokens=2) == 32
+    inside = [token for first, last, _ in spans for token in ids[first + 1 : last]]
+    assert min(inside) >= 3 + 3
+    assert max(inside) < 67 - 6
+    if sampler == "self_information":
+        outside = set(range(6, 61)) - set(inside)
+        chosen = information[1][torch.tensor(sorted(inside)) - 3].mean()
+        assert chosen < information[1][torch.tensor(sorted(outside)) - 3].mean()
+
+
+@pytest.mark.parametrize("in_plan", [True, False])
+def test_the_attention_mask_numbers_documents(in_plan):
+    tokens = torch.arange(3, 23)[None]
+    documents = torch.tensor([[7] * 9 + [8] * 11])
+    wanted = data.SpanPlan(in_plan, 0.5, 5, 0)
+    batch = data.Blocks(tokens, "test", wanted, 1, 2, documents=documents).batch([0])
+    ids, mask = batch["input_ids"][0].tolist(), batch["attention_mask"][0].tolist()
+    for index, (token, number) in enumerate(zip(ids, mask)):
+        own = token
+        if token == 1:
+            own = next(other for other in ids[index:] if other > 2)
+        elif token == 2:
+            own = [other for other in ids[:index] if other > 2][-1]
+        assert number == (1 if own - 3 < 9 else 2)

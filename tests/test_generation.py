@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import transformers
@@ -60,7 +62,8 @@ def generate(loaded, documents=DOCUMENTS, rule=None, sampler=SAMPLER, protocol="
     rule = rule or rule_of(loaded, ratio=ratio)
     plan = SpanPlan(rule.uses_sentinels, ratio, 10, 0)
     with compressed_attention(model, rule=rule):
-        return list(generation.continue_documents(model, tokenizer, documents, rule, plan, sampler, protocol))
+        rows = [generation.prefix_ids(document, tokenizer, rule, plan, protocol) for document in documents]
+        return list(generation.continue_documents(model, tokenizer, documents, rows, rule, plan, sampler))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,6 +81,7 @@ def test_records_hold_continuations_of_the_wanted_words(loaded, method):
             "full_attention": tokens,
             "kv_compression": tokens - round(tokens / 2),
             "local_attention": tokens - int((tokens - 1) / 2),
+            "sink_attention": math.ceil((tokens + 1) / 2) - 1,
         }
         if method in kept:
             assert record["cache_length"] == kept[method]

@@ -68,8 +68,14 @@ def test_flags_beat_the_preset():
         ({"max_train_steps": 0}, "max_train_steps"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"bound_ratio": 0.97, "protocol": "matched"}, "can remove 245 of a block's 256 tokens"),
+        ({"bound_ratio": 0.97, "protocol": "matched"}, "spans of at most 25 can remove 245: lower the ratio to 0.957"),
+        ({"bound_ratio": 0.9, "protocol": "matched", "recent_tokens": 20}, "among the 236 that may be compressed"),
         ({"dataset_name": "x", "train_file": "y"}, "not both"),
+        ({"distill_weight": 1.5}, "distill_weight must be from 0 to 1"),
+        ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
+        ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),
+        ({"span_unit": "phrase", "protocol": "matched"}, "needs --span_sampler self_information"),
+        ({"span_sampler": "best", "protocol": "matched"}, "choose from random, fixed, self_information"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags, words):

@@ -56,7 +56,7 @@ def results_of(folder) -> dict:
     return json.loads((Path(folder) / "results.json").read_text())
 
 
-METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention"]
+METHODS = run_clm.METHODS
 
 
 @pytest.mark.parametrize("protocol", ["paper", "matched"])
@@ -98,7 +98,7 @@ def test_a_run_leaves_results_adapter_and_logs(call, texts, method, protocol):
     assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
 
 
-def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model):
+def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts):
     assert call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out")[0] == 0
     results = results_of("out")
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
@@ -116,7 +116,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model):
     from kv_compression.attention import compressed_attention
     from kv_compression.perplexity import evaluate
 
-    settings = presets.Settings(**results["settings"] | {"output_dir": "out"})
+    settings = presets.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
     _, splits = experiment.prepare(settings, fresh, None, accelerator)
@@ -196,7 +196,7 @@ def test_the_same_seed_gives_the_same_run_and_matched_targets_are_shared(call):
         (["--lora_target_modules", "nothing"], 2, "this model has: dense"),
         (["--output_dir", "{short}"], 2, "is a file"),
         (["--output_dir", "/proc/nowhere"], 1, "cannot write"),
-        (["--bound_ratio", "0.95"], 2, "can remove 28 of a block's 32 tokens"),
+        (["--bound_ratio", "0.95"], 2, "spans of at most 8 can remove 28: lower the ratio to 0.875"),
     ],
 )
 def test_bad_input_takes_one_line(call, tmp_path, flags, status, words):
@@ -253,3 +253,30 @@ def test_as_a_program(tmp_path):
     assert shown.returncode == 0
     for flag in ("--bound_ratio", "--protocol", "--eval_only", "--lora_target_modules"):
         assert flag in shown.stdout
+
+
+def test_methods_are_named_alike_everywhere():
+    from kv_compression import visibility
+
+    assert list(visibility.METHODS) == run_clm.METHODS
+
+
+VARIANTS = [
+    ["--sink_tokens", "2", "--recent_tokens", "3", "--cr_visibility", "context", "--cr_tokens", "2"],
+    ["--span_sampler", "self_information", "--distill_weight", "0.5", "--sentinel_learning_rate", "0.01"],
+    ["--span_sampler", "fixed", "--isolate_documents", "--position_ids_by_document"],
+]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=["rule", "information", "documents"])
+def test_variants_remove_what_they_say_and_are_told_apart(call, flags):
+    status, _, errors = call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out", *flags)
+    assert (status, errors) == (0, [])
+    results = results_of("out")
+    assert results["removed_fraction"] == 0.5
+    assert 0.3 * 16 < results["kept_keys_mean"] < 16.5 < results["kept_keys_max"] + 16
+    name, value = flags[0].removeprefix("--"), flags[1]
+    assert str(results["settings"][name]) == value
+    status, _, errors = call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out")
+    assert status == 2
+    assert "holds results of other settings" in errors[0]

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_compression import sentinels
+from kv_compression.visibility import KVCompression
 from tests import slow_rules
 from tests.layouts import CL, CR, batches
 
@@ -25,7 +26,7 @@ def test_targets_are_the_restated_rule(rows):
 
 @given(batches())
 def test_removed_entries_are_the_restated_rule(rows):
-    removed = sentinels.removed_entries(torch.tensor(rows), CL, CR)
+    removed = KVCompression(CL, CR).removed(torch.tensor(rows))
     assert removed.tolist() == [slow_rules.removed(row, CL, CR) for row in rows]
 
 

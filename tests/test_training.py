@@ -119,7 +119,8 @@ def test_scattered_keys_are_redrawn_every_epoch_and_the_rule_is_put_back():
 
     class Recorded(ScatteredAttention):
         def mask_mod(self, input_ids):
-            seeds.append(self.seed)
+            if len(input_ids) > 1:  # not the token that the model is tried on
+                seeds.append(self.seed)
             return super().mask_mod(input_ids)
 
     model, rule = adapted(), Recorded(ratio=0.5, seed=7)
@@ -135,6 +136,71 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
     with pytest.raises(RunError, match=r"loss is nan at step 1, blocks \[\["):
         run(model, blocks_of(), KVCompression(CL, CR), settings())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_dropout_drops_a_share_and_keeps_the_mean(dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333, dtype=dtype, requires_grad=True)
+    dropout = training.QuickDropout(0.05)
+    out = dropout(x)
+    assert abs((out == 0).float().mean() - 0.05) < 2e-3
+    columns = (out == 0).float().view(-1, 4).mean(0) if out.numel() % 4 == 0 else None
+    assert columns is not None and (columns - 0.05).abs().max() < 4e-3  # every 16 of 64 bits alike
+    assert abs(out.float().mean() - 1) < 5e-3
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    assert dropout.eval()(x) is x
+    assert torch.equal(training.QuickDropout(0.0)(x), x)
+
+
+def test_lora_uses_quick_dropout():
+    found = [module for module in adapted().modules() if isinstance(module, torch.nn.Dropout)]
+    assert sum(isinstance(module, training.QuickDropout) and module.p == 0.05 for module in found) == 4
+
+
+def test_sentinels_may_have_a_learning_rate_of_their_own():
+    def moved(rate):
+        model = adapted()
+        rows = {name: p.detach().clone() for name, p in model.named_parameters() if "trainable_tokens" in name}
+        run(model, blocks_of(4), KVCompression(CL, CR), settings(sentinel_learning_rate=rate, num_train_epochs=1))
+        after = dict(model.named_parameters())
+        return max((after[name] - row).abs().max().item() for name, row in rows.items())
+
+    assert moved(1.0) > 20 * moved(None) > 0
+
+
+def test_a_teacher_sees_all_text_and_no_adapter():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids = torch.tensor([[5, CL, 6, 7, CR, 8, 9]])
+    text = torch.tensor([[5, 6, 7, 8, 9]])
+    rule = KVCompression(CL, CR)
+    with compressed_attention(model, rule=rule) as patch:
+        taught = training.Teacher(model.train(), patch, 0.5)({"input_ids": ids})
+        assert patch.rule is rule
+        assert model.training
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        expected = model.get_base_model().gpt_neox(text).last_hidden_state
+    torch.testing.assert_close(taught["teacher"][:, [0, 2, 3, 5, 6]], expected)
+    assert taught["distill_weight"] == 0.5
+
+
+def test_distillation_draws_towards_the_teacher():
+    """With the teacher's prediction as the only target the loss is its divergence, and falls."""
+
+    def loss(**changes):
+        model = adapted()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        wanted = settings(distill_weight=1.0, **changes)
+        return run(model, blocks_of(8), KVCompression(CL, CR), wanted).loss
+
+    assert 0 < loss(num_train_epochs=8) < 0.8 * loss(max_train_steps=1)
 
 
 def test_lora_targets():

@@ -1,13 +1,14 @@
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_compression import visibility
 from tests import slow_rules
-from tests.layouts import CL, CR, batches, blocks
+from tests.layouts import CL, CR, batches, blocks, variants
 
 RATIOS = st.floats(0, 0.999)
 
@@ -67,8 +68,64 @@ def test_the_draw_depends_on_seed_and_prefix_alone():
     assert not torch.equal(kept[0], kept[1])
 
 
+@settings(deadline=None, max_examples=300)
+@given(variants())
+def test_the_options_are_the_restated_rule(variant):
+    rule, options, ids = variant
+    length = len(ids)
+    mask = visibility.dense_mask(rule.mask_mod(torch.tensor([ids])), 1, length)[0]
+    pairs = range(length)
+    assert mask.tolist() == [[slow_rules.visible(ids, q, k, CL, CR, **options) for k in pairs] for q in pairs]
+    options.pop("context")
+    assert rule.removed(torch.tensor([ids])).item() == slow_rules.removed(ids, CL, CR, **options)
+
+
+@given(st.integers(1, 40), st.floats(0, 0.99), st.integers(1, 5))
+def test_sink_attention_is_the_restated_rule(length, ratio, sinks):
+    rule = visibility.SinkAttention(ratio=ratio, sink_tokens=sinks)
+    ids = torch.full((1, length), 5)
+    mask = visibility.dense_mask(rule.mask_mod(ids), 1, length)[0]
+    assert mask.tolist() == slow_rules.sink_mask(length, ratio, sinks)
+    assert rule.removed(ids).item() == length - mask[-1].sum()
+
+
+def test_sink_attention_keeps_four_sinks_by_default():
+    mask = visibility.dense_mask(visibility.SinkAttention(ratio=0.5).mask_mod(torch.full((1, 40), 5)), 1, 40)[0]
+    assert mask[39].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(24, 40)]
+
+
+@given(batches(), st.integers(1, 4))
+def test_documents_do_not_see_each_other(rows, cut):
+    ids = torch.tensor(rows)
+    documents = (torch.arange(ids.shape[1]) // cut + 1).expand_as(ids)
+    rule = visibility.KVCompression(CL, CR, isolate_documents=True)
+    mask = visibility.dense_mask(rule.visible(ids, documents), *ids.shape)
+    for row, block in enumerate(rows):
+        for q, k in itertools.product(range(len(block)), repeat=2):
+            assert mask[row, q, k] == (slow_rules.visible(block, q, k, CL, CR) and q // cut == k // cut)
+
+
+@given(blocks(), st.integers(1, 6))
+def test_position_ids_by_document_begin_again(ids, cut):
+    rule = visibility.KVCompression(CL, CR, position_ids_by_document=True)
+    numbers = torch.arange(len(ids))[None] // cut + 1
+    documents = [ids[start : start + cut] for start in range(0, len(ids), cut)]
+    expected = [position for document in documents for position in slow_rules.positions(document, CL, CR)]
+    assert rule.position_ids(torch.tensor([ids]), numbers)[0].tolist() == expected
+
+
+WRONG = [{"cr_visibility": "all"}, {"cr_tokens": 0}, {"sink_tokens": -1}, {"recent_tokens": -1}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_options_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        visibility.KVCompression(CL, CR, **wrong)
+
+
 def rules(ids: torch.Tensor) -> dict:
     return {
+        "sink_attention": visibility.sink_attention(ids.shape[1], 0.6),
         "full_attention": visibility.causal,
         "kv_compression": visibility.kv_compression(ids, CL, CR),
         "local_attention": visibility.local_attention(ids.shape[1], 0.6),
@@ -102,6 +159,7 @@ def test_padding_is_seen_by_itself_alone(ids, padding):
     assert rule.position_ids(padded, real)[0, : len(ids)].tolist() == slow_rules.positions(ids, CL, CR)
 
 
+@settings(deadline=None, max_examples=50)
 @given(batches())
 def test_measure_counts_pairs_and_removed_entries(rows):
     cost = visibility.measure(visibility.KVCompression(CL, CR), torch.tensor(rows))
@@ -111,13 +169,19 @@ def test_measure_counts_pairs_and_removed_entries(rows):
         attended += sum(slow_rules.visible(ids, q, k, CL, CR) for q in text for k in range(q))
         pairs += math.comb(len(text), 2)
         text_tokens += len(text)
-    assert cost == (text_tokens, sum(slow_rules.removed(ids, CL, CR) for ids in rows), attended, pairs)
+    held = []
+    for ids in rows:
+        mask = slow_rules.kv_mask(ids, CL, CR)
+        held += [slow_rules.held_keys(mask, q) for q, token in enumerate(ids) if token not in (CL, CR)]
+    removed = sum(slow_rules.removed(ids, CL, CR) for ids in rows)
+    assert cost == (text_tokens, removed, attended, pairs, sum(held), max(held, default=0))
 
 
 def test_measure_of_the_baselines():
     ids = torch.randint(3, 999, (3, 256))
     full = visibility.measure(visibility.Rule(), ids)
     assert (full.removed_fraction, full.attended_fraction) == (0, 1)
+    assert (full.kept_keys_mean, full.most_kept) == (128.5, 256)
     local = visibility.measure(visibility.LocalAttention(ratio=0.9), ids)
     assert local.removed_fraction == 229 / 256  # floor(255 · 0.9) of 256 keys are gone for the last query
     scattered = visibility.measure(visibility.ScatteredAttention(ratio=0.9), ids)
