@@ -256,30 +256,36 @@ def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) ->
     by_document = settings.isolate_documents or settings.position_ids_by_document
     informed = plan.compress and plan.sampler == "self_information"
 
-    cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
-    splits = {}
+    # Where the untouched model is asked first, its vocabulary must not have grown yet.
+    if not informed:
+        cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
+    blocks, information = {}, {}
     for split, texts in rows.items():
         with accelerator.main_process_first():
             stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers, settings.span_unit)
         columns = cut_blocks(stream, settings.block_size, split)
-        if split != "train":
-            columns = {name: column[: settings.max_eval_blocks] for name, column in columns.items()}
-        information = None
+        most = None if split == "train" else settings.max_eval_blocks
+        blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
-            identity = f"{settings.model_name_or_path} {revision} {next(model.parameters()).dtype}"
-            model.to(accelerator.device)
+            identity = f"{settings.model_name_or_path} {revision} {model.dtype}"
             with accelerator.main_process_first():
-                information = cached_self_information(model, identity, columns["input_ids"])
-        splits[split] = Blocks(
+                tokens = blocks[split]["input_ids"]
+                information[split] = cached_self_information(model.to(accelerator.device), identity, tokens)
+    if informed:
+        cl_id, cr_id = add_sentinels(tokenizer, model)
+    splits = {
+        split: Blocks(
             columns["input_ids"],
             split,
             on_blocks,
             cl_id,
             cr_id,
             documents=columns["documents"] if by_document else None,
-            information=information,
+            information=information.get(split),
             unit_starts=columns.get("unit_starts"),
         )
+        for split, columns in blocks.items()
+    }
     return settings.rule(cl_id, cr_id), splits
 
 

@@ -29,7 +29,8 @@ def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list
     the cap keep it far below high ratios: see `exact_spans`. (Paper, section 4.1, and the code published with it.)
     """
     check_ratio(ratio)
-    _check_length(max_span_length)
+    if max_span_length < 2:
+        raise ValueError(f"spans have at least 2 tokens, so max_span_length must be at least 2, got {max_span_length}")
     starts = num_words - max_span_length
     if num_words < SHORTEST_PAPER_LINE or starts < 1:
         return []
@@ -63,15 +64,23 @@ def entries_to_remove(
 ) -> int:
     """round(ratio · num_tokens), if spans in [first, last) can remove so many; else ValueError, naming the bound."""
     check_ratio(ratio)
-    _check_length(max_span_length, cr_tokens)
-    region = (num_tokens if last is None else last) - first
+    last = num_tokens if last is None else last
+    if cr_tokens < 1:
+        raise ValueError(f"a span leaves at least 1 entry, so cr_tokens must be at least 1, got {cr_tokens}")
+    if max_span_length <= cr_tokens:
+        raise ValueError(
+            f"spans have at least {cr_tokens + 1} tokens, so max_span_length must be at least {cr_tokens + 1}, "
+            f"got {max_span_length}"
+        )
+    if not 0 <= first <= last <= num_tokens:
+        raise ValueError(f"[{first}, {last}) is not a part of {num_tokens} tokens")
     to_remove = round(ratio * num_tokens)
-    bound = most_removable(max(region, 0), max_span_length, cr_tokens)
+    bound = most_removable(last - first, max_span_length, cr_tokens)
     if to_remove > bound:
-        where = "" if region == num_tokens else f" among the {max(region, 0)} that may be compressed"
+        where = "" if last - first == num_tokens else f"in {last - first} of them "
         raise ValueError(
             f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
-            f"can remove {bound}{where}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
+            f"{where}can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
         )
     return to_remove
 
@@ -122,11 +131,3 @@ def exact_spans(
         spans.append((place + shift, place + shift + length - 1))
         shift += length - 1
     return spans
-
-
-def _check_length(max_span_length: int, cr_tokens: int = 1) -> None:
-    least = cr_tokens + 1
-    if max_span_length < least:
-        raise ValueError(
-            f"spans have at least {least} tokens, so max_span_length must be at least {least}, got {max_span_length}"
-        )

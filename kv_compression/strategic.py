@@ -9,14 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kv_compression.spans import Span
-from kv_compression.visibility import check_ratio
-
-
-def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
-    """How many cache entries spans of at most `max_span_length` can remove from `num_tokens`."""
-    full, rest = divmod(num_tokens, max_span_length)
-    return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
+from kv_compression.spans import Span, entries_to_remove
 
 
 def cheapest_spans(
@@ -41,7 +34,7 @@ def cheapest_spans(
         raise ValueError("every token's information must be a finite number")
     num_tokens = len(information)
     last = num_tokens if last is None else last
-    to_remove = _to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
+    to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     cuts = np.zeros(num_tokens + 1)
     if unit_starts is not None:
         if len(unit_starts) != num_tokens:
@@ -96,7 +89,7 @@ def fixed_spans(
     `cheapest_spans` does. (This project.)
     """
     last = num_tokens if last is None else last
-    to_remove = _to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
+    to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     if to_remove == 0:
         return []
     longest = max_span_length - cr_tokens  # what one span can remove
@@ -119,26 +112,3 @@ def _window_minima(values: np.ndarray, width: int) -> np.ndarray:
         step = min(covered, width - covered)
         values, covered = np.minimum(values[:-step], values[step:]), covered + step
     return values
-
-
-def _to_remove(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int, first: int, last: int) -> int:
-    """round(ratio · num_tokens), or ValueError if spans in [first, last) cannot remove as many."""
-    check_ratio(ratio)
-    if cr_tokens < 1:
-        raise ValueError(f"a span leaves at least 1 entry, so cr_tokens must be at least 1, got {cr_tokens}")
-    if max_span_length <= cr_tokens:
-        raise ValueError(
-            f"spans have at least {cr_tokens + 1} tokens, so max_span_length must be at least {cr_tokens + 1}, "
-            f"got {max_span_length}"
-        )
-    if not 0 <= first <= last <= num_tokens:
-        raise ValueError(f"[{first}, {last}) is not a part of {num_tokens} tokens")
-    to_remove = round(ratio * num_tokens)
-    bound = most_removable(last - first, max_span_length, cr_tokens)
-    if to_remove > bound:
-        raise ValueError(
-            f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
-            f"in {last - first} of them can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow "
-            "longer spans"
-        )
-    return to_remove

@@ -186,19 +186,24 @@ def test_peak_memory_of_chunked_prefill_follows_the_compressed_length():
     assert most == 8
 
 
+@pytest.mark.parametrize("rule", [KV, *VARIANTS], ids=lambda rule: str(RULES.index(rule)))
 @architectures
-def test_folding_a_span_that_was_just_read_equals_reading_it_between_sentinels(architecture):
+def test_folding_a_span_that_was_just_read_equals_reading_it_between_sentinels(architecture, rule):
     model = MODELS[architecture, torch.float64]
-    text = list(range(10, 40))
-    marked = torch.tensor([[*text[:8], CL, *text[8:20], CR, *text[20:]]])
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    text, crs = list(range(10, 40)), [CR] * rule.cr_tokens
+    marked = torch.tensor([[*text[:2], CL, *text[2:6], *crs, *text[6:8], CL, *text[8:20], *crs, *text[20:]]])
+    with compressed_attention(model, rule=rule), torch.no_grad():
         expected = model(marked, use_cache=False).logits[0, -10:]
-        cache = SentinelCache(CL, CR)
-        model(torch.tensor([text[:20]]), past_key_values=cache)
+        cache = SentinelCache(rule=rule)
+        model(torch.tensor([text[:6]]), past_key_values=cache)
+        cache.compress(2, 5)
+        model(torch.tensor([text[6:20]]), past_key_values=cache)
         cache.compress(8, 19)
-        assert (cache.length, cache.logical_length, cache.get_seq_length()) == (9, 20, 20)
-        logits = model(torch.tensor([text[20:]]), past_key_values=cache).logits[0]
-    assert (logits - expected).abs().max() < 1e-9
+        gone = [k for k in (*range(2, 6), *range(8, 20)) if k >= rule.sink_tokens and k + rule.recent_tokens < 20]
+        assert cache.length == 20 + 2 * rule.cr_tokens - len(gone)
+        assert (cache.logical_length, cache.get_seq_length()) == (20, 20)
+        logits = [model(torch.tensor([[token]]), past_key_values=cache).logits[0] for token in text[20:]]
+    assert (torch.cat(logits) - expected).abs().max() < 1e-9
 
 
 def test_rows_may_fold_different_spans_or_none():

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -57,10 +58,10 @@ DOCUMENTS = generation.pick(sentences(3, seed=5), 3, 20, 10)
 SAMPLER = generation.Sampler(words=6, continuations=2, chunk=16)
 
 
-def generate(loaded, documents=DOCUMENTS, rule=None, sampler=SAMPLER, protocol="matched", ratio=0.5):
+def generate(loaded, documents=DOCUMENTS, rule=None, sampler=SAMPLER, protocol="matched", ratio=0.5, plan=None):
     tokenizer, model, _ = loaded
     rule = rule or rule_of(loaded, ratio=ratio)
-    plan = SpanPlan(rule.uses_sentinels, ratio, 10, 0)
+    plan = plan or SpanPlan(rule.uses_sentinels, ratio, 10, 0)
     with compressed_attention(model, rule=rule):
         rows = [generation.prefix_ids(document, tokenizer, rule, plan, protocol) for document in documents]
         return list(generation.continue_documents(model, tokenizer, documents, rows, rule, plan, sampler))
@@ -122,6 +123,34 @@ def test_sampling_follows_the_masked_model(loaded):
             torch.testing.assert_close(logits[number], expected)
             text = len(tokenizer(DOCUMENTS[number].prefix)["input_ids"])
             assert slow_rules.removed(row, cl, cr) == round(text / 2)
+
+
+def test_options_of_kv_compression_work_while_text_is_generated(loaded):
+    """Sinks and a recent window stay, everything else keeps the exact ratio, and generated text is folded too."""
+    tokenizer, _, (cl, cr) = loaded
+    rule = KVCompression(cl, cr, 0.3, sink_tokens=4, cr_tokens=2, cr_visibility="context", recent_tokens=3)
+    plan = SpanPlan(True, 0.3, 10, 0, "fixed", sink_tokens=4, recent_tokens=3, cr_tokens=2)
+    for compress_generated in (False, True):
+        sampler = generation.Sampler(words=6, continuations=2, chunk=16, compress_generated=compress_generated)
+        found = generate(loaded, rule=rule, sampler=sampler, plan=plan)
+        for record in found:
+            tokens = record["prefix_tokens"]
+            assert record["cache_length"] == tokens - round(0.3 * tokens)
+            assert all(len(words(text)) == 6 for text in record["continuations"])
+        chunked = generation.Sampler(words=6, continuations=2, chunk=5, compress_generated=compress_generated)
+        again = generate(loaded, rule=rule, sampler=chunked, plan=plan)
+        assert [record["continuations"] for record in again] == [record["continuations"] for record in found]
+
+
+def test_prefixes_are_compressed_where_they_inform_least(loaded):
+    tokenizer, _, (cl, cr) = loaded
+    document, rule = DOCUMENTS[0], rule_of(loaded)
+    tokens = tokenizer(document.prefix)["input_ids"]
+    plan = SpanPlan(True, 0.4, 10, 0, "self_information")
+    ids = generation.prefix_ids(document, tokenizer, rule, plan, "matched", inform=lambda t: np.arange(len(t))[::-1])
+    assert ids[: ids.index(cl)] == tokens[: ids.index(cl)]
+    assert ids.index(cl) > len(tokens) // 3  # what comes last was said to inform least
+    assert slow_rules.removed(ids, cl, cr) == round(0.4 * len(tokens))
 
 
 def test_paper_protocol_marks_words_of_the_prefix(loaded):

@@ -33,6 +33,18 @@ def test_exact_spans_remove_exactly_the_share(num_tokens, longest, seed, data):
     assert removed(found) == round(ratio * num_tokens) == to_remove
 
 
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 20), SEEDS, st.data())
+def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
+    longest = crs + extra
+    first = data.draw(st.integers(0, num_tokens))
+    last = data.draw(st.integers(first, num_tokens))
+    to_remove = data.draw(st.integers(0, spans.most_removable(last - first, longest, crs)))
+    found = spans.exact_spans(num_tokens, to_remove / num_tokens, longest, seed, cr_tokens=crs, first=first, last=last)
+    assert sum(end - begin + 1 - crs for begin, end in found) == to_remove
+    assert all(first <= begin and end < last and crs < end - begin + 1 <= longest for begin, end in found)
+    assert all(one[1] < other[0] for one, other in zip(found, found[1:]))
+
+
 @given(st.integers(2, 400), st.integers(2, 40))
 def test_more_than_the_bound_is_refused_with_the_bound(num_tokens, longest):
     bound = num_tokens - -(-num_tokens // longest)

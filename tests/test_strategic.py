@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_compression.spans import most_removable as most_removable_by_one
-from kv_compression.strategic import cheapest_spans, fixed_spans, most_removable
+from kv_compression.spans import most_removable
+from kv_compression.strategic import cheapest_spans, fixed_spans
 from tests.test_spans import check_spans
 
 
@@ -73,8 +73,6 @@ def test_the_bound_is_what_the_best_spans_remove(num_tokens, cr_tokens, extra):
     longest = cr_tokens + extra
     best = max(removed(spans, cr_tokens) for spans in all_span_sets(0, num_tokens, longest, cr_tokens))
     assert most_removable(num_tokens, longest, cr_tokens) == best
-    if cr_tokens == 1:
-        assert most_removable_by_one(num_tokens, longest) == best
 
 
 @given(st.integers(1, 300), st.integers(2, 40), st.integers(0, 2**32), st.data())
