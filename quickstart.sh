@@ -1,7 +1,7 @@
 #!/bin/sh
 # Both claims in small, on any laptop: sh quickstart.sh [RATIO]
 #
-# Fine-tunes the embedded model under full attention and the three methods at one ratio (0.5), shows their perplexities,
+# Fine-tunes the embedded model under full attention and every method at one ratio (0.5), shows their perplexities,
 # then lets the models continue a few held-out documents and scores that. What is there already is not made again.
 . "$(dirname -- "$0")/environment.sh"
 [ $# -le 1 ] || check_ratio "" "sh quickstart.sh [RATIO]"
@@ -20,7 +20,8 @@ find_python $embedded $scoring
 mkdir -p "$results" || exit
 folders=
 files=
-for run in "full_attention 0.0" "kv_compression $ratio" "local_attention $ratio" "scattered_attention $ratio"; do
+for run in "full_attention 0.0" "kv_compression $ratio" "local_attention $ratio" "sink_attention $ratio" \
+    "scattered_attention $ratio"; do
     folder=$results/${run% *}_${run#* }
     folders="$folders $folder"
     files="$files $folder/generation.jsonl"

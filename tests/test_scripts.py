@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.sh"))
-METHODS = ["kv_compression", "local_attention", "scattered_attention"]
+METHODS = ["kv_compression", "local_attention", "sink_attention", "scattered_attention"]
 
 STAND_IN = """#!/bin/sh
 case $1 in
@@ -104,15 +104,15 @@ def test_an_environment_is_made_once_if_the_active_python_lacks_packages(project
 
 def test_quickstart_runs_what_is_missing_and_keeps_its_summary(project, tmp_path):
     done, calls = project("quickstart.sh", "0.3")
-    runs, generations, (table, scores) = calls[:4], calls[4:8], calls[8:]
+    runs, generations, (table, scores) = calls[:5], calls[5:10], calls[10:]
     assert done.stdout.splitlines()[0].startswith("Claim 1")
     assert [call.split()[4] for call in runs] == ["full_attention", *METHODS]
     assert all("--preset embedded" in call for call in runs)
-    assert [call.split()[6] for call in runs] == ["0.0", "0.3", "0.3", "0.3"]
+    assert [call.split()[6] for call in runs] == ["0.0", *["0.3"] * 4]
     folders = [call.split()[-1] for call in runs]
     assert table == "-m kv_compression.results " + " ".join(folders)
     assert [call.split()[2] for call in generations] == folders
-    assert scores.split()[1:5] == [f"{folder}/generation.jsonl" for folder in folders]
+    assert scores.split()[1:6] == [f"{folder}/generation.jsonl" for folder in folders]
     again, calls = project("quickstart.sh", "0.3")
     assert calls == []
     assert again.stdout == done.stdout
