@@ -70,7 +70,7 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
 
 _MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
-_MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json")  # by the scripts of claim 2
+_MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
 
 def _made_by_a_run(path: Path) -> bool:

@@ -1,0 +1,373 @@
+"""What runs and scorers have left below a folder: collected, and sorted into what may be compared.
+
+Reads `results.json` and `scores.json` as the scripts write them, whatever a file is called. Runs are compared within a
+group of equal settings only.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+from kv_compression.errors import UsageError, one_line
+from kv_compression.plots import label
+from kv_compression.results import REQUIRED
+
+FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
+CLAIMED = ("local_attention", "scattered_attention")  # the published claim says nothing of sinks
+BASELINES = (*CLAIMED, SINK)
+METHODS = (FULL, KV, *BASELINES)
+GRID = tuple(tenths / 10 for tenths in range(1, 10))
+PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and what a comparison within each is called
+METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
+
+# Settings that make a variant of a method: what the plain method has, and how another value is told.
+VARIANTS = {
+    "sink_tokens": (0, "{} sinks"),
+    "cr_tokens": (1, "{} CR tokens"),
+    "cr_visibility": ("span", "CR sees {}"),
+    "recent_tokens": (0, "window {}"),
+    "distill_weight": (0, "distilled {}"),
+    "sentinel_learning_rate": (None, "sentinel learning rate {}"),
+    "span_sampler": ("random", "{} sampler"),
+    "span_unit": ("token", "by {}"),
+    "max_span_length": (25, "spans to {}"),
+    "isolate_documents": (False, "documents apart"),
+    "position_ids_by_document": (False, "positions by document"),
+    "eval_only": (False, "not fine-tuned"),
+}
+# The variants that every method can have: such runs compare with each other only.
+CONTEXT = ("isolate_documents", "position_ids_by_document", "eval_only")
+PLAIN_SINKS = (0, 4)  # sink attention always has sinks: 4 unless told otherwise
+# Settings in which runs of one group may differ. All others make groups. A recipe is a name for other settings.
+OF_A_RUN = {
+    *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "fixed_spans"),
+    *("output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
+    *VARIANTS,
+}
+OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "compress_generated")
+# Other programs' files that lie beside results, and files of these scripts that are no results.
+NOT_RESULTS = ("*config.json", "*token*.json", "vocab.json", "merges.json", "*.index.json", "*.about.json")
+
+
+class File:
+    """One file of results or scores: `path` is relative to the folder that was searched."""
+
+    path: str
+    content: dict
+
+    @property
+    def method(self) -> str:
+        return self.content["method"]
+
+    @property
+    def ratio(self) -> float:
+        return self.content["bound_ratio"]
+
+    @property
+    def protocol(self) -> str:
+        return self.content["protocol"]
+
+    @property
+    def has_sentinels(self) -> bool:
+        """Whether the protocol changes more than the average."""
+        return self.method == KV or bool(self.content.get("sentinels"))
+
+
+@dataclass(frozen=True)
+class Run(File):
+    """One results.json."""
+
+    path: str
+    content: dict
+    variant: str  # "" for the plain method
+    context: str  # what of it any method could have
+
+    @property
+    def seed(self) -> int:
+        return self.content["seed"]
+
+    def nll(self, protocol: str, part: str | None = None) -> float | None:
+        """Nats per token as `protocol` averages, of the run or of one `part` ("untrained"), None if not recorded."""
+        measured = self.content if part is None else self.content.get(part)
+        if not isinstance(measured, dict):
+            return None
+        value = number(measured.get("nll_per_batch" if protocol == "paper" else "nll_per_token"))
+        if value is not None or self.protocol != protocol:
+            return value
+        value, found = number(measured.get("nll")), number(measured.get("perplexity"))
+        return math.log(found) if value is None and found and found > 0 else value
+
+
+@dataclass(frozen=True)
+class Score(File):
+    """One scores.json. Which run it is of is known where results.json lies beside it."""
+
+    path: str
+    content: dict
+    variant: str
+    seed: int | None
+    made: tuple  # what has to be equal for two to be compared
+
+
+@dataclass
+class Group:
+    """Runs that differ in method, ratio, protocol, seed and variant only."""
+
+    settings: dict
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def protocols(self) -> list[str]:
+        return [name for name in PROTOCOLS if any(run.protocol == name for run in self.runs)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    @property
+    def model(self) -> str:
+        return str(self.settings.get("model_name_or_path", "unknown model")).rstrip("/").split("/")[-1]
+
+    @property
+    def text(self) -> str:
+        named = ("train_file", "test_file")
+        files = [str(self.settings[name]).split(" sha256:")[0] for name in named if name in self.settings]
+        name = self.settings.get("dataset_config_name") or self.settings.get("dataset_name") or "unknown text"
+        return " → ".join(files) or str(name)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method, variant and ratio: its runs by seed, under one protocol's average."""
+
+    method: str
+    variant: str
+    context: str
+    ratio: float
+    averaging: str
+    runs: dict[int, Run]
+
+    @cached_property
+    def nlls(self) -> dict[int, float]:
+        return {seed: run.nll(self.averaging) for seed, run in self.runs.items()}
+
+    @property
+    def perplexities(self) -> list[float]:
+        return [perplexity(nll) for nll in self.nlls.values()]
+
+    @property
+    def name(self) -> str:
+        """What its curve is called."""
+        method = "" if self.method == KV and self.variant else label(self.method)
+        return ", ".join(filter(None, [method, self.variant, self.foreign and "protocol paper"]))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether these are runs of `paper` averaged as in `matched`."""
+        first = next(iter(self.runs.values()))
+        return first.has_sentinels and first.protocol != self.averaging
+
+    @property
+    def fine_tuned(self) -> bool:
+        return VARIANTS["eval_only"][1] not in self.context
+
+    def recorded(self, name: str) -> list[float]:
+        """What the runs recorded under `name`, as far as they did."""
+        return [value for run in self.runs.values() if (value := number(run.content.get(name))) is not None]
+
+    def mean(self, name: str) -> float | None:
+        """The mean over seeds of what the runs recorded under `name`."""
+        return mean(self.recorded(name))
+
+
+@dataclass
+class Found:
+    """All that a folder holds, sorted, each thing once."""
+
+    groups: list[Group] = field(default_factory=list)
+    scores: list[list[Score]] = field(default_factory=list)  # comparable ones together
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        runs, scores = sum(len(group.runs) for group in self.groups), sum(map(len, self.scores))
+        groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
+        return (
+            f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scores} scored "
+            f"file{'s' * (scores != 1)}, {len(self.duplicates)} duplicate, {len(self.unreadable)} unreadable"
+        )
+
+
+def number(value) -> float | None:
+    """`value` if it is a finite number, else None."""
+    try:
+        return value if math.isfinite(value) and not isinstance(value, bool) else None
+    except (TypeError, OverflowError):  # an int beyond all floats
+        return None
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), kept within what a float holds."""
+    return math.exp(min(nll, 700))
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, None of nothing."""
+    values = list(values)
+    return statistics.fmean(values) if values else None
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The sample standard deviation, None of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def collect(folder: Path) -> Found:
+    """Everything below `folder` that a run or a scorer has left. UsageError if there is no such thing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    found, runs, scores = Found(), {}, {}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
+    for name, path in sorted(paths.items()):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or not path.is_file() or any(fnmatch(path.name, pattern) for pattern in NOT_RESULTS):
+            continue
+        try:
+            content = _read(path)
+        except ValueError as error:
+            found.unreadable.append((name, str(error)))
+        else:
+            (runs if "settings" in content else scores)[name] = content
+    if not runs and not scores:
+        hint = f" ({found.unreadable[0][0]} {found.unreadable[0][1]})" if found.unreadable else ""
+        raise UsageError(f"{folder}: no results of run_clm.py or eval_generation.py below it{hint}")
+    _add_scores(found, scores, _add_runs(found, runs), folder)
+    return found
+
+
+def _read(path: Path) -> dict:
+    """What a file holds if it is results or scores; ValueError, with what is wrong, if not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is damaged: {one_line(error)}") from error
+    kinds = {"method": str, "protocol": str, "bound_ratio": int | float}
+    if isinstance(content, dict) and all(name in content for name in REQUIRED):
+        kinds |= {"seed": int, "settings": dict}
+    elif isinstance(content, dict) and all(name in content for name in (*kinds, "documents", *METRICS)):
+        kinds |= dict.fromkeys(("documents", *METRICS), dict)
+    else:
+        raise ValueError("holds neither results nor scores")
+    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
+    wrong += ["bound_ratio"] * (number(content["bound_ratio"]) is None and "bound_ratio" not in wrong)
+    wrong += ["protocol"] * (content["protocol"] not in (*PROTOCOLS, *wrong))
+    if "documents" in kinds and not wrong:
+        wrong += ["documents"] * (not all(isinstance(found, dict) for found in content["documents"].values()))
+    if wrong:
+        raise ValueError(f"is damaged: {', '.join(wrong)}")
+    return content | {"bound_ratio": round(content["bound_ratio"], 6)}
+
+
+def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, Run]]:
+    """Sort runs into groups; returns every run and its group's number by path, duplicates among them."""
+    keys: dict[str, int] = {}
+    first: dict[tuple, str] = {}
+    where = {}
+    for path, content in contents.items():
+        # A setting that an older version did not know is as good as one that is off.
+        shared = {name: value for name, value in sorted(content["settings"].items()) if name not in OF_A_RUN and value}
+        group = keys.setdefault(json.dumps(shared), len(keys))
+        if group == len(found.groups):
+            found.groups.append(Group(shared))
+        run = Run(path, content, *variant_of(content))
+        where[path] = (group, run)
+        same = (group, run.method, run.ratio, run.protocol, run.seed, run.variant)
+        if first.setdefault(same, path) == path:
+            found.groups[group].runs.append(run)
+        else:
+            found.duplicates.append((path, first[same]))
+    return where
+
+
+def variant_of(content: dict) -> tuple[str, str]:
+    """How a run differs from the plain method, in words ("" if it does not), and what of that any method can have."""
+    method, settings = content["method"], content["settings"] | {"eval_only": bool(content.get("eval_only"))}
+    counts = set(VARIANTS)
+    if method != KV:  # what a setting of spans is does not matter to a method without them
+        counts = {*CONTEXT, "distill_weight"} | ({"sink_tokens"} if method == SINK else set())
+    fixed = method == KV and content["protocol"] == "matched" and settings.get("fixed_spans")
+    words, context = ["spans drawn once"] * bool(fixed), []
+    for name, (plain, form) in VARIANTS.items():
+        value = settings.get(name)
+        unchanged = PLAIN_SINKS if method == SINK and name == "sink_tokens" else (plain,)
+        if name in counts and value is not None and value not in unchanged:
+            words.append(form.format(f"{value:g}" if isinstance(value, float) else str(value).replace("_", "-")))
+            context += words[-1:] if name in CONTEXT else []
+    return ", ".join(words), ", ".join(context)
+
+
+def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, Run]], folder: Path) -> None:
+    """Sort scores into sets that may be compared: the same documents, scorers, generation and group of runs."""
+    comparable: dict[str, list[Score]] = {}
+    first: dict[tuple, str] = {}
+    for path, content in contents.items():
+        score = _score(path, content, runs, folder)
+        key = json.dumps(score.made, default=str)
+        same = (key, score.method, score.ratio, score.protocol, score.variant, score.seed)
+        if first.setdefault(same, path) == path:
+            comparable.setdefault(key, []).append(score)
+        else:
+            found.duplicates.append((path, first[same]))
+    found.scores = list(comparable.values())
+
+
+def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: Path) -> Score:
+    beside, _, name = path.rpartition("/")
+    group, run = runs.get(f"{beside}/results.json".lstrip("/"), (None, None))
+    variant = run.variant if run else ""
+    if run and run.method != content["method"]:
+        variant = f"trained as {label(run.method)}"
+    stem = name.removesuffix(".json").removesuffix(".scores").removeprefix("scores_")
+    try:
+        about = (folder / beside / f"{'generation' if stem == 'scores' else stem}.about.json").read_text("utf-8")
+        generation = [json.loads(about).get(key) for key in OF_A_GENERATION]
+    except (OSError, ValueError, RecursionError, AttributeError):
+        generation = []  # not told: scores may be moved away from what they were made of
+    documents = content.get("documents_sha256") or path  # unknown documents compare with no others
+    models = [content.get(key) for key in ("preset", "bertscore_model", "fluency_model")]
+    return Score(path, content, variant, run.seed if run else None, (documents, *models, *generation, group))
+
+
+def points(group: Group, protocol: str, averaging: str | None = None) -> list[Point]:
+    """What was measured for one protocol, by method, variant and ratio.
+
+    Methods without sentinels know no protocol but the average: a run of either serves both. `averaging` (the
+    protocol's own if not given) "matched" shows runs of the protocol `paper` token-weighted.
+    """
+    averaging = averaging or protocol
+    by_point: dict[tuple, dict[int, Run]] = {}
+    for run in sorted(group.runs, key=lambda run: (run.protocol != averaging, run.path)):
+        if (run.protocol == protocol or not run.has_sentinels) and run.nll(averaging) is not None:
+            key = (run.method, run.variant, run.context, run.ratio)
+            by_point.setdefault(key, {}).setdefault(run.seed, run)
+    found = [Point(*key, averaging, dict(sorted(runs.items()))) for key, runs in by_point.items()]
+    return sorted(found, key=lambda point: (rank(point.method), point.variant, point.ratio))
+
+
+def rank(method: str) -> tuple[int, str]:
+    """Where a method stands in tables and legends."""
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def select(found: Iterable[Point], method: str, variant: str = "") -> dict[float, Point]:
+    """The points of one curve, by ratio."""
+    return {point.ratio: point for point in found if (point.method, point.variant) == (method, variant)}

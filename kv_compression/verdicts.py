@@ -1,0 +1,306 @@
+"""Comparisons and verdicts, computed from what was measured: nothing is interpolated where it is not said."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from kv_compression.measured import (
+    BASELINES,
+    FULL,
+    GRID,
+    KV,
+    METHODS,
+    METRICS,
+    PROTOCOLS,
+    SINK,
+    VARIANTS,
+    Group,
+    Point,
+    Score,
+    mean,
+    number,
+    perplexity,
+    points,
+    select,
+    spread,
+)
+from kv_compression.plots import label
+
+ABOUT_AS_LOW = 1.05  # "about as low as, or lower" is read as: at most this times the baseline's perplexity
+SIGNIFICANT = 0.05
+# Student's t at 97.5% by degrees of freedom. Beyond the table its last entry, a little too wide, is used.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """KV compression's nats per token less a baseline's, one value a seed that both have."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | tuple[None, None]:
+        """95% by Student's t; of one seed there is none."""
+        deviation, count = spread(self.values), len(self.values)
+        if deviation is None:
+            return None, None
+        half = STUDENT[min(count - 1, len(STUDENT)) - 1] * deviation / math.sqrt(count)
+        return self.mean - half, self.mean + half
+
+    @property
+    def verdict(self) -> str:
+        """Whether the claim holds, and whether the interval leaves it open."""
+        threshold, (low, high) = math.log(ABOUT_AS_LOW), self.interval
+        word = "holds" if self.mean <= threshold else "fails"
+        return f"{word}, uncertain" if low is not None and low <= threshold < high else word
+
+
+def difference(kv: dict[int, float], other: dict[int, float]) -> Difference | None:
+    """Of nats per token by seed, None if there is no seed that both have."""
+    common = sorted(kv.keys() & other.keys())
+    return Difference(tuple(kv[seed] - other[seed] for seed in common)) if common else None
+
+
+class Between(NamedTuple):
+    """Nats per token between two measured runs, whose mean numbers of kept keys are given too."""
+
+    nll: float
+    below: float
+    above: float
+
+
+def at_kept_keys(curve: Iterable[Point], kept: float) -> dict[int, Between]:
+    """A method's nats per token at a mean number of kept keys, by seed.
+
+    Linear between the two measured neighbours; a seed whose runs do not reach around `kept` has none.
+    """
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for point in curve:
+        for seed, run in point.runs.items():
+            if (held := number(run.content.get("kept_keys_mean"))) is not None:
+                by_seed.setdefault(seed, []).append((held, point.nlls[seed]))
+    found = {}
+    for seed, measured in by_seed.items():
+        below = max((pair for pair in measured if pair[0] <= kept), default=None)
+        above = min((pair for pair in measured if pair[0] >= kept), default=None)
+        if below and above:
+            share = (kept - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+            found[seed] = Between(below[1] + share * (above[1] - below[1]), below[0], above[0])
+    return found
+
+
+def describe(group: Group, protocol: str) -> list[dict]:
+    """A row a point: its means over seeds, and how it stands to full attention and to sinks of equal kept keys."""
+    found = points(group, protocol)
+    rows = []
+    for point in found:
+        full = select(found, FULL, point.context).get(0.0)
+        above = difference(point.nlls, full.nlls) if full else None
+        kept = point.mean("kept_keys_mean")
+        sinks = select(found, SINK, point.context).values() if point.method == KV and kept is not None else ()
+        at_sinks = at_kept_keys(sinks, kept)
+        against = difference(point.nlls, {seed: sink.nll for seed, sink in at_sinks.items()})
+        untrained = [run.nll(protocol, "untrained") for run in point.runs.values()]
+        never = select(found, point.method, ", ".join(filter(None, [point.variant, VARIANTS["eval_only"][1]])))
+        if not any(untrained) and point.ratio in never:
+            untrained = never[point.ratio].nlls.values()
+        rows.append(
+            {
+                "protocol": protocol,
+                "method": point.method,
+                "variant": point.variant,
+                "ratio": point.ratio,
+                "fine_tuned": point.fine_tuned,
+                "seeds": len(point.runs),
+                "removed_fraction": point.mean("removed_fraction"),
+                "attended_fraction": point.mean("attended_fraction"),
+                "kept_keys_mean": kept,
+                "kept_keys_max": max(point.recorded("kept_keys_max"), default=None),
+                "perplexity": mean(point.perplexities),
+                "perplexity_spread": spread(point.perplexities),
+                "nats_above_full": above.mean if above else None,
+                "untrained_perplexity": mean(perplexity(nll) for nll in untrained if nll is not None),
+                **_interpolated("sink", point, at_sinks),
+                "difference_to_sink": against.mean if against else None,
+            }
+        )
+    return rows
+
+
+def _interpolated(name: str, point: Point, between: dict[int, Between]) -> dict:
+    """Columns on what was interpolated for the point's seeds: the perplexity and how far apart the neighbours are."""
+    found = [between[seed] for seed in point.nlls if seed in between]
+    return {
+        f"{name}_perplexity": mean(perplexity(one.nll) for one in found),
+        f"{name}_kept_below": min((one.below for one in found), default=None),
+        f"{name}_kept_above": max((one.above for one in found), default=None),
+    }
+
+
+def judge_claim_1(group: Group, protocol: str) -> list[dict]:
+    """KV compression against every baseline at every ratio that both have, a row each."""
+    found = points(group, protocol)
+    rows = []
+    for baseline in BASELINES:
+        others = select(found, baseline)
+        for ratio, point in select(found, KV).items():
+            if ratio in others:
+                removed = {"kv_removed": point.mean("removed_fraction")}
+                removed["baseline_removed"] = others[ratio].mean("removed_fraction")
+                rows += _judge(PROTOCOLS[protocol], baseline, point, others[ratio].nlls, removed)
+    return rows
+
+
+def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
+    """KV compression against every baseline, interpolated to as many kept keys on average."""
+    found = points(group, protocol)
+    rows = []
+    for baseline in BASELINES:
+        curve = select(found, baseline).values()
+        for point in select(found, KV).values():
+            if (kept := point.mean("kept_keys_mean")) is not None:
+                between = at_kept_keys(curve, kept)
+                nlls = {seed: one.nll for seed, one in between.items()}
+                columns = {"kept_keys": kept} | _interpolated("baseline", point, between)
+                rows += _judge(f"equal kept keys, {protocol}", baseline, point, nlls, columns)
+    return rows
+
+
+def _judge(comparison: str, baseline: str, kv: Point, others: dict[int, float], columns: dict) -> list[dict]:
+    """The row of one comparison, with more `columns`; none if no seed is common."""
+    measured = difference(kv.nlls, others)
+    if measured is None:
+        return []
+    common = [seed for seed in kv.nlls if seed in others]
+    low, high = measured.interval
+    return [
+        {
+            "comparison": comparison,
+            "baseline": baseline,
+            "ratio": kv.ratio,
+            "seeds": len(common),
+            "kv_perplexity": mean(perplexity(kv.nlls[seed]) for seed in common),
+            "baseline_perplexity": mean(perplexity(others[seed]) for seed in common),
+            "difference": measured.mean,
+            "spread": spread(measured.values),
+            "low": low,
+            "high": high,
+            "times": perplexity(measured.mean),
+            "verdict": measured.verdict,
+        }
+        | columns
+    ]
+
+
+def judge_claim_2(scores: Sequence[Score], protocol: str) -> list[dict]:
+    """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
+    from kv_compression.scoring import bootstrap, paired_p_value
+
+    rows = []
+    for baseline in BASELINES:
+        for ratio in sorted({score.ratio for score in scores}):
+            kv, other = (_of_protocol(scores, method, ratio, protocol) for method in (KV, baseline))
+            seeds = [seed for seed in kv if seed in other]
+            for metric in METRICS:
+                ours, theirs = (_by_document([which[seed] for seed in seeds], metric) for which in (kv, other))
+                common = [index for index in ours if index in theirs]
+                if not common:
+                    continue
+                first, second = [ours[index] for index in common], [theirs[index] for index in common]
+                estimate = bootstrap([one - two for one, two in zip(first, second)])
+                p_value = paired_p_value(first, second)
+                better = (estimate.mean < 0) == (metric == "perplexity")
+                verdict = "no difference shown" if p_value >= SIGNIFICANT else "holds" if better else "reversed"
+                rows.append(
+                    {
+                        "comparison": PROTOCOLS[protocol],
+                        "baseline": baseline,
+                        "metric": metric,
+                        "ratio": ratio,
+                        "documents": len(common),
+                        "kv": mean(first),
+                        "baseline_mean": mean(second),
+                        "difference": estimate.mean,
+                        "low": estimate.low,
+                        "high": estimate.high,
+                        "p_value": p_value,
+                        "verdict": verdict,
+                    }
+                )
+    return rows
+
+
+def _of_protocol(scores: Sequence[Score], method: str, ratio: float, protocol: str) -> dict[int | None, Score]:
+    """The plain method's scores by seed; without sentinels those of any protocol, its own first."""
+    found: dict[int | None, Score] = {}
+    for score in sorted(scores, key=lambda score: (score.protocol != protocol, score.path)):
+        fits = (score.method, score.ratio, score.variant) == (method, ratio, "")
+        if fits and (score.protocol == protocol or not score.has_sentinels):
+            found.setdefault(score.seed, score)
+    return found
+
+
+def _by_document(scores: Sequence[Score], metric: str) -> dict[str, float]:
+    """One value a document: the mean over the files that scored it."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for index, document in score.content["documents"].items():
+            if (value := number(document.get(metric))) is not None:
+                values.setdefault(index, []).append(value)
+    return {index: statistics.fmean(several) for index, several in sorted(values.items())}
+
+
+def missing(group: Group) -> list[str]:
+    """What the grid of methods, ratios, seeds and protocols still lacks, a line for each method and seed."""
+    have = {
+        protocol: {(p.method, p.ratio, seed) for p in points(group, protocol) if not p.variant for seed in p.runs}
+        for protocol in group.protocols
+    }
+    lines = []
+    for method in METHODS:
+        wanted = (0.0,) if method == FULL else GRID
+        for seed in group.seeds:
+            lacking: dict[str, list[str]] = {}
+            for protocol, found in have.items():
+                ratios = told(ratio for ratio in wanted if (method, ratio, seed) not in found)
+                lacking.setdefault(ratios, []).append(protocol)
+            lines += [
+                f"{label(method)}, {' and '.join(protocols)}, seed {seed}: {ratios}"
+                for ratios, protocols in lacking.items()
+                if ratios
+            ]
+    return lines
+
+
+def told(ratios: Iterable[float]) -> str:
+    """Ratios in a row, neighbours on the grid shortened: 0.1 – 0.4, 0.6."""
+    rows: list[list[float]] = []
+    for ratio in sorted(ratios):
+        if rows and round(ratio - rows[-1][-1], 6) == 0.1:
+            rows[-1].append(ratio)
+        else:
+            rows.append([ratio])
+    parts = [[f"{row[0]:g} – {row[-1]:g}"] if len(row) > 2 else [f"{ratio:g}" for ratio in row] for row in rows]
+    return ", ".join(chain(*parts))
+
+
+def conclude(rows: Sequence[dict], verdicts: Sequence[str], what: str = "measured") -> str:
+    """At which ratios each verdict was reached, and what of the grid was not measured."""
+    parts = []
+    for verdict in verdicts:
+        those = [row for row in rows if row["verdict"].startswith(verdict)]
+        open_ones = told(row["ratio"] for row in those if row["verdict"].endswith("uncertain"))
+        if those:
+            aside = f" (uncertain at {open_ones})" if open_ones else ""
+            parts.append(f"{verdict} at {told(row['ratio'] for row in those)}{aside}")
+    ratios = {row["ratio"] for row in rows}
+    rest = [ratio for ratio in GRID if ratio not in ratios]
+    parts.append(f"{len(GRID) - len(rest)} of {len(GRID)} ratios {what}")
+    return "; ".join(parts + [f"not {what}: {told(rest)}"] * bool(rest)) + "."

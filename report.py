@@ -1,0 +1,32 @@
+"""Everything that was measured below a folder as report.md, CSV tables and plots, with a verdict on each claim.
+
+Parses flags, calls `kv_compression.report`, prints where the report is.
+"""
+
+import sys
+from pathlib import Path
+
+from kv_compression.errors import Parser, run_script
+
+
+def parse(argv: list[str] | None = None):
+    """The flags of this script."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", default="output", help="where results lie, at any depth (output)")
+    parser.add_argument("--output_dir", help="where the report goes (the folder itself)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Collect, compare, write."""
+    flags = parse()
+    from kv_compression import measured, report
+
+    folder = Path(flags.folder)
+    found = measured.collect(folder)
+    path = report.write(found, Path(flags.output_dir or folder))
+    print(f"{found.summary()}: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
