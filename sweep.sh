@@ -1,0 +1,9 @@
+#!/bin/sh
+# Many runs, by any number of workers at once: sh sweep.sh [any flag of sweep.py or run_clm.py]
+. "$(dirname -- "$0")/environment.sh"
+# As in run_clm: the images of machines with a GPU lack the embedded weights, and claim 1 scores no text.
+command -v nvidia-smi >/dev/null 2>&1 && embedded=
+case " $* " in *" --claims"*2*) ;; *) scoring= ;; esac
+# shellcheck disable=SC2086,SC2154
+find_python $embedded $scoring
+exec "$python" "$here/sweep.py" "$@"
