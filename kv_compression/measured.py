@@ -21,6 +21,7 @@ FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
 CLAIMED = ("local_attention", "scattered_attention")  # the published claim says nothing of sinks
 BASELINES = (*CLAIMED, SINK)
 METHODS = (FULL, KV, *BASELINES)
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 GRID = tuple(tenths / 10 for tenths in range(1, 10))
 PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and what a comparison within each is called
 METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
@@ -131,7 +132,8 @@ class Group:
 
     @property
     def model(self) -> str:
-        return str(self.settings.get("model_name_or_path", "unknown model")).rstrip("/").split("/")[-1]
+        name = str(self.settings.get("model_name_or_path", "unknown model")).rstrip("/").split("/")[-1]
+        return EMBEDDED_MODEL if name == "embedded" else name
 
     @property
     def text(self) -> str:

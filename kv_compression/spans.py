@@ -59,6 +59,13 @@ def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) ->
     return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
 
 
+def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
+    """How many of the last tokens can stay out of spans if the exact share is to leave from `first` on; at least 0."""
+    to_remove = round(ratio * num_tokens)
+    num_spans = -(-to_remove // (max_span_length - cr_tokens))
+    return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
+
+
 def entries_to_remove(
     num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
 ) -> int:

