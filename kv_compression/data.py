@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_compression.disk_cache import cached_tensors, digest
+from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.information import unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
 from kv_compression.spans import exact_spans, most_removable, paper_spans
 from kv_compression.strategic import cheapest_spans, fixed_spans
+from kv_compression.tensor_files import digest
 
 SPAN_SAMPLERS = ("random", "fixed", "self_information")
 SPLITS = ("train", "validation", "test")

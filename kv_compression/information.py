@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kv_compression.disk_cache import cached_tensors, digest
+from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import UsageError, one_line
 from kv_compression.loss import TokenLosses
 from kv_compression.sentinels import IGNORED
+from kv_compression.tensor_files import digest
 
 UNITS = ("token", "phrase", "sentence")
 SPACY_MODEL = "en_core_web_sm"

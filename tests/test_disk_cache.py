@@ -5,7 +5,8 @@ import safetensors.torch
 import torch
 
 from kv_compression import disk_cache
-from kv_compression.disk_cache import cached_tensors, digest
+from kv_compression.disk_cache import cached_tensors
+from kv_compression.tensor_files import digest
 
 KEY = {"model": "tiny", "tokens": "abc"}
 
@@ -108,7 +109,7 @@ def test_a_write_that_breaks_leaves_the_good_file_alone(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_cache, "_read", lambda *_: None)
+    monkeypatch.setattr(disk_cache, "read_tensors", lambda *_: None)
     monkeypatch.setattr(os, "replace", refuse)
     assert same(cached_tensors("scores", KEY, Counted(n=torch.zeros(2))), {"n": torch.zeros(2)})
     assert only_file(tmp_path).read_bytes() == good  # nor is half a file left beside it

@@ -1,0 +1,73 @@
+"""Files of tensors that are written whole or not at all, and known for damaged if they are.
+
+safetensors, with a note in JSON and a hash of all content among the metadata. Knows files and hashes; what the tensors
+mean is the caller's business.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+def digest(*parts: bytes | str | Tensor) -> str:
+    """SHA-256 over the parts and where each of them ends; a tensor's dtype and shape count as well as its content."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            kind = f"{part.dtype}{tuple(part.shape)}"
+            content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        else:
+            kind = type(part).__name__
+            content = part.encode() if isinstance(part, str) else part
+        sha.update(f"{kind}:{len(content)}:".encode())
+        sha.update(content)
+    return sha.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], note) -> None:
+    """Write a file beside `path` and rename it there: no reader sees half of it. OSError if the disk refuses.
+
+    `note` is whatever JSON holds.
+    """
+    text = canonical(note)
+    content = safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)})
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+            partial = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if partial and os.path.exists(partial):
+            os.unlink(partial)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:
+    """The tensors and the note that `write_tensors` left in a file; None if there is none or anything is wrong."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        note = json.loads(metadata.get("note", ""))
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError):
+        return None
+    return (tensors, note) if metadata.get("content") == _digest_of(tensors, metadata["note"]) else None
+
+
+def canonical(note) -> str:
+    """The JSON of a note, the same for equal notes."""
+    return json.dumps(note, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest_of(tensors: dict[str, Tensor], note: str) -> str:
+    return digest(note, *(part for name in sorted(tensors) for part in (name, tensors[name])))
