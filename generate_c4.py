@@ -77,7 +77,6 @@ def main() -> None:
     if method.name != trained.method:
         options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
     settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
-    rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
     sampler = generation.Sampler(
         flags.continuation_words,
         flags.num_continuations,
@@ -94,6 +93,12 @@ def main() -> None:
     else:
         texts = data.stream_c4(flags.seed)
     documents = generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
+    if method.uses_sentinels and settings.protocol == "matched" and asked:
+        # A window that fits a training block may leave a shorter prefix no room for spans.
+        lengths = [len(tokenizer(document.prefix)["input_ids"]) for document in documents]
+        window = min(map(settings.span_plan().window, lengths))
+        settings = replace(settings, recent_tokens=min(settings.recent_tokens, window))
+    rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
     text_hash = hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
     about = {
         "method": method.name,
@@ -101,6 +106,7 @@ def main() -> None:
         "protocol": results["protocol"],
         "preset": results["preset"],
         "max_span_length": longest,
+        **({"recent_tokens": settings.recent_tokens} if settings.recent_tokens else {}),
         "model_dir": Path(flags.model_dir).name,
         "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,

@@ -10,8 +10,8 @@ from kv_compression.errors import Parser, quiet_libraries, ratio, run_script
 METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention"]
 
 
-def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
-    """The flags that were given, by the names of `Settings`, and whether to overwrite."""
+def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
+    """The flags that were given, by the names of `Settings`, and whether to overwrite and to resume."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--method", choices=METHODS)
@@ -59,16 +59,19 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool]:
     add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
     add("--skip_untrained", action="store_true", default=None, help="no score before fine-tuning")
     add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
+    add("--checkpointing_steps", help="optimizer steps between checkpoints, or minutes with an m (10m)")
+    add("--checkpoints_to_keep", type=int, help="(2)")
+    add("--resume_from_checkpoint", nargs="?", const="latest", choices=["latest"], help="go on where a run broke off")
     add("--overwrite", action="store_true", help="replace what the output folder holds")
     flags = vars(parser.parse_args(argv))
     if flags["lora_target_modules"]:
         flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
-    return flags, flags.pop("overwrite")
+    return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint") is not None
 
 
 def main() -> None:
     """Run what the flags ask for, or show the same run's results if they are there."""
-    flags, overwrite = parse()
+    flags, overwrite, resume = parse()
     quiet_libraries()
     from accelerate import PartialState
 
@@ -80,10 +83,10 @@ def main() -> None:
 
     settings = presets.resolve(flags)
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    found = experiment.finished(settings, overwrite)
+    found = experiment.finished(settings, overwrite, resume)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-    say(results.summary(found or experiment.run(settings)))
+    say(results.summary(found or experiment.run(settings, resume and not overwrite)))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def to_pass_on(flags: list[str]) -> dict:
 
     UsageError if the sweep sets one itself, or a file is not there.
     """
-    given, overwrite = run_clm.parse(flags)
+    given, overwrite, _ = run_clm.parse(flags)
     given = {name: value for name, value in given.items() if value is not None}
     ours = [name for name in SET_HERE if name in given] + ["overwrite"] * overwrite
     if ours:

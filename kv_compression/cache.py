@@ -272,7 +272,8 @@ class SentinelCache(Cache):
         self._note(torch.where(concerned, kinds, GONE), positions, concerned)
 
         sinks = (self.kinds == TEXT) & (self.positions < rule.sink_tokens) & self.real
-        seen = _own_key(new, self.slots, span.device) | sinks[:, None, :]
+        before = self.positions[:, None, :] <= positions[:, :, None]
+        seen = _own_key(new, self.slots, span.device) | (sinks[:, None, :] & before)
         of_cr = torch.nn.functional.pad(span, (0, new), value=True)
         if rule.cr_visibility == "context":
             at = last[:, None]

@@ -23,7 +23,7 @@ from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.information import unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
-from kv_compression.spans import exact_spans, most_removable, paper_spans
+from kv_compression.spans import exact_spans, most_removable, paper_spans, widest_window
 from kv_compression.strategic import cheapest_spans, fixed_spans
 from kv_compression.tensor_files import digest
 
@@ -145,6 +145,11 @@ class SpanPlan:
         if self.sampler == "self_information":
             return cheapest_spans(information, self.ratio, self.max_span_length, unit_starts=unit_starts, **region)
         return exact_spans(num_tokens, self.ratio, self.max_span_length, rng, **region)
+
+    def window(self, num_tokens: int) -> int:
+        """The most recent tokens of so long a text that can stay out of spans, if the exact share is to leave it."""
+        shape = (self.max_span_length, self.cr_tokens, min(self.sink_tokens, num_tokens))
+        return widest_window(num_tokens, self.ratio, *shape)
 
     def spans_by_document(self, documents, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
         """As `spans`, no span across two documents; `documents` is the number of every token's document.

@@ -31,6 +31,10 @@ class RunError(RuntimeError):
     """The request is fine but cannot be carried out: exit status 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the run, and what was done is safe: exit status 130."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line that an exception has to say, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
@@ -47,9 +51,9 @@ def run_script(main: Callable[[], None]) -> int:
     except RunError as error:
         status = 1
         message = str(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         status = 130
-        message = "interrupted"
+        message = str(error) or "interrupted"
     else:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -1,11 +1,15 @@
 """One run of claim 1, from settings to results.json: load, attach, evaluate, fine-tune, evaluate, save."""
 
+import fcntl
 import importlib.metadata
+import json
 import logging
 import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from torch import nn
 
 from kv_compression import presets
 from kv_compression.attention import compressed_attention
+from kv_compression.checkpoints import FOLDER, Checkpoints
 from kv_compression.data import (
     OFFLINE,
     SPLITS,
@@ -35,6 +40,7 @@ from kv_compression.perplexity import evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.sentinels import add_sentinels
+from kv_compression.tensor_files import digest
 from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, train
 from kv_compression.visibility import METHODS, Rule
 
@@ -43,10 +49,11 @@ log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def finished(settings: Settings, overwrite: bool) -> dict | None:
+def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict | None:
     """Results of the very same settings in the output folder, if there are any.
 
-    Raises UsageError if the folder holds a run of other settings, unless `overwrite`, or anything that is not a run.
+    Raises UsageError if the folder holds a run of other settings, unless `overwrite`, or anything that is not a run,
+    or, without `resume`, checkpoints that a new run would replace.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -65,16 +72,24 @@ def finished(settings: Settings, overwrite: bool) -> dict | None:
             f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
             "or replace them with --overwrite"
         )
+    step = None if resume else checkpoints_of(settings).newest_step()
+    if step is not None:
+        raise UsageError(
+            f"{folder} holds a run that was broken off after step {step} or later: --resume_from_checkpoint goes on, "
+            "--overwrite starts again"
+        )
     return None
 
 
+LOCK, UNTRAINED = "run.lock", "untrained.json"
 _MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
+_MADE_ON_THE_WAY = (LOCK, f"{UNTRAINED}*", FOLDER)
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
 _MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
 
 def _made_by_a_run(path: Path) -> bool:
-    patterns = _MADE_BY_A_RUN + _MADE_BY_TOKENIZERS + _MADE_OF_A_RUN
+    patterns = _MADE_BY_A_RUN + _MADE_ON_THE_WAY + _MADE_BY_TOKENIZERS + _MADE_OF_A_RUN
     return any(path.match(pattern) for pattern in patterns)
 
 
@@ -85,11 +100,17 @@ def _differences(old, new: dict) -> str:
     return "; ".join(changed[:3])
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings, resume: bool = False) -> dict:
     """Carry out a run and return what its results.json holds.
 
-    What an earlier run left in the output folder is replaced once model and data are there.
+    What an earlier run left in the output folder is replaced once model and data are there, but with `resume` its
+    newest checkpoint is gone on from, if it has one. RunError if another process works in the folder.
     """
+    with only_run_in(Path(settings.output_dir)):
+        return _run(settings, resume)
+
+
+def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
     transformers.set_seed(settings.seed)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
@@ -98,9 +119,12 @@ def run(settings: Settings) -> dict:
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = prepare(settings, tokenizer, model, accelerator, revision)
+    checkpoints = checkpoints_of(settings)
+    checkpoint = checkpoints.read() if resume else None
     if accelerator.is_main_process:
-        _clear(folder)
-        _log_to(folder / "train.log")
+        if checkpoint is None:
+            _clear(folder)
+        _log_to(folder / "train.log", append=checkpoint is not None)
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
@@ -116,12 +140,14 @@ def run(settings: Settings) -> dict:
     writer = tensorboardX.SummaryWriter(str(folder / "tensorboard")) if accelerator.is_main_process else None
     try:
         with compressed_attention(model, rule=rule) as patch:
-            untrained = None
-            if settings.eval_only or not settings.skip_untrained:
+            untrained = read_untrained(folder) if checkpoint else None
+            if untrained is None and (settings.eval_only or not settings.skip_untrained):
                 untrained = score("test", "test split, untrained")
+                if accelerator.is_main_process:
+                    write_json(folder / UNTRAINED, untrained)
             report = None
             if not settings.eval_only:
-                report = train(model, splits["train"], patch, accelerator, settings, writer)
+                report = train(model, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
             scores = {
                 split: untrained if split == "test" and report is None else score(split, f"{split} split")
                 for split in ("test", "validation")
@@ -170,8 +196,47 @@ def run(settings: Settings) -> dict:
         except OSError as error:
             raise RunError(f"cannot save the adapter in {folder}: {error}") from error
         write_json(folder / RESULTS, results)
+        checkpoints.clear()
+        (folder / UNTRAINED).unlink(missing_ok=True)
     accelerator.end_training()
     return results
+
+
+def checkpoints_of(settings: Settings) -> Checkpoints:
+    """The checkpoints of a run with these settings."""
+    steps, minutes = settings.checkpoint_interval()
+    return Checkpoints(Path(settings.output_dir), settings.identity(), steps, minutes, settings.checkpoints_to_keep)
+
+
+def read_untrained(folder: Path) -> dict | None:
+    """The scores before fine-tuning that a run which was broken off has left, None if it has not."""
+    try:
+        found = json.loads((folder / UNTRAINED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("perplexity"), float) else None
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of an output folder, but not those of the same launch.
+
+    The lock goes with the process, however it ends. RunError if another holds it, or the folder cannot be written.
+    """
+    if accelerate.PartialState().num_processes > 1 and not accelerate.PartialState().is_main_process:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
+        yield
 
 
 def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
@@ -267,7 +332,7 @@ def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) ->
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
-            identity = f"{settings.model_name_or_path} {revision} {model.dtype}"
+            identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
             with accelerator.main_process_first():
                 tokens = blocks[split]["input_ids"]
                 information[split] = cached_self_information(model.to(accelerator.device), identity, tokens)
@@ -286,7 +351,20 @@ def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) ->
         )
         for split, columns in blocks.items()
     }
+    for blocks in splits.values() if on_blocks and plan.compress and by_document else ():
+        try:
+            for index in range(len(blocks)):
+                blocks[index]
+        except ValueError as error:
+            raise UsageError(f"block {index} of the {blocks.split} split: {error}") from error
     return settings.rule(cl_id, cr_id), splits
+
+
+def weights_digest(settings: Settings) -> str:
+    """What a local model's folder holds: SHA-256 over its configuration and weights."""
+    folder = Path(settings.model_name_or_path)
+    found = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors", ".bin"))
+    return digest(*(part for path in found for part in (path.name, path.read_bytes())))
 
 
 def load_rows(settings: Settings, split: str):
@@ -310,14 +388,14 @@ def _clear(folder: Path) -> None:
     """Make `folder` and take what an earlier run made out of it. RunError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in filter(_made_by_a_run, list(folder.iterdir())):
+        for path in (path for path in list(folder.iterdir()) if _made_by_a_run(path) and path.name != LOCK):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
 
 
-def _log_to(path: Path) -> None:
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+def _log_to(path: Path, append: bool = False) -> None:
+    handler = logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     package = logging.getLogger("kv_compression")
     for old in package.handlers[:]:

@@ -28,7 +28,7 @@ METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perple
 
 # Settings that make a variant of a method: what the plain method has, and how another value is told.
 VARIANTS = {
-    "sink_tokens": (0, "{} sinks"),
+    "sink_tokens": (0, "sinks {}"),
     "cr_tokens": (1, "{} CR tokens"),
     "cr_visibility": ("span", "CR sees {}"),
     "recent_tokens": (0, "window {}"),

@@ -80,11 +80,14 @@ class Settings:
     eval_only: bool = False
     skip_untrained: bool = False
     preprocessing_num_workers: int | None = None
+    checkpointing_steps: str = "10m"
+    checkpoints_to_keep: int = 2
     output_dir: str = ""
 
     def identity(self) -> dict:
         """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
         ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
+        ignored |= {"checkpointing_steps", "checkpoints_to_keep"}
         settings = {name: value for name, value in asdict(self).items() if name not in ignored}
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
@@ -109,19 +112,28 @@ class Settings:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if self.sentinel_learning_rate is not None and not self.sentinel_learning_rate < float("inf"):
+            raise UsageError(f"--sentinel_learning_rate must be finite, got {self.sentinel_learning_rate}")
         if not 0 <= self.distill_weight <= 1:
             raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
+        if self.checkpoint_interval() == (None, None):
+            raise UsageError(
+                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100) or of minutes (10m)"
+            )
         self._check_options()
         if self.method == "kv_compression" and self.protocol == "matched":
             plan = self.span_plan()
             try:
                 first, last = plan.sink_tokens, self.block_size - plan.recent_tokens
+                if first > last:
+                    raise ValueError(f"{first} sinks and {plan.recent_tokens} recent tokens are more than a block has")
                 entries_to_remove(self.block_size, plan.ratio, plan.max_span_length, plan.cr_tokens, first, last)
             except ValueError as error:
-                raise UsageError(f"--bound_ratio: {error} (--max_span_length, --block_size)") from error
+                options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
+                raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
 
     def _check_options(self) -> None:
         """Raise UsageError for options of a method or protocol that this run does not have."""
@@ -136,6 +148,17 @@ class Settings:
                     raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
+
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """The steps or the minutes between checkpoints; neither if the setting is neither."""
+        text = str(self.checkpointing_steps)
+        try:
+            if text.endswith("m"):
+                minutes = float(text[:-1])
+                return None, minutes if 0 <= minutes < float("inf") else None
+            return (int(text), None) if int(text) > 0 else (None, None)
+        except ValueError:
+            return None, None
 
     def span_plan(self) -> SpanPlan:
         """How this run draws spans."""
@@ -181,6 +204,7 @@ _LEAST = {
     "num_warmup_steps": 0,
     "max_eval_blocks": 1,
     "r": 1,
+    "checkpoints_to_keep": 1,
     "seed": 0,
     "sink_tokens": 0,
     "recent_tokens": 0,
@@ -190,6 +214,7 @@ _LEAST = {
 }
 
 OF_KV_COMPRESSION = (
+    "recipe",
     "span_sampler",
     "span_unit",
     "sink_tokens",
@@ -206,13 +231,13 @@ _CHOICES = {
     "recipe": ("paper", "best"),
 }
 
-BEST_SINKS, BEST_SENTINEL_RATE = 4, 20
+BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
 
 
 def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
     """KV compression with the options that worked best here, but for those whose names are `chosen` already.
 
-    Four sinks, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
+    One sink, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
     the rest. (This project.)
     """
     options = {"sink_tokens": BEST_SINKS, "sentinel_learning_rate": BEST_SENTINEL_RATE * settings.learning_rate}

@@ -61,7 +61,7 @@ class Run(NamedTuple):
         others = set() if METHODS[self.method].uses_sentinels else set(presets.OF_KV_COMPRESSION)
         others -= {"sink_tokens"} if self.method == "sink_attention" else set()
         own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
-        own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True}
+        own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
         return as_flags(own | {name: value for name, value in given.items() if name not in others})
 
 

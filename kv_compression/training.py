@@ -6,8 +6,11 @@ number: the order of blocks, their spans and the draws come from the seed, nothi
 
 import logging
 import math
+import signal
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import peft
@@ -15,14 +18,15 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from kv_compression.attention import Patch
 from kv_compression.cache import decoder_of
+from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks
-from kv_compression.errors import RunError, UsageError
+from kv_compression.errors import Interrupted, RunError, UsageError
 from kv_compression.loss import TokenLosses
 from kv_compression.presets import Settings
 from kv_compression.sentinels import IGNORED
@@ -164,11 +168,21 @@ class StepData(torch.utils.data.Dataset):
         return [self.blocks.batch(indices) for indices in self.schedule.micro_batches_of(step, self.process)]
 
 
-def train(model: nn.Module, blocks: Blocks, patch: Patch, accelerator, settings: Settings, writer) -> TrainingReport:
+def train(
+    model: nn.Module,
+    blocks: Blocks,
+    patch: Patch,
+    accelerator,
+    settings: Settings,
+    writer,
+    checkpoints: Checkpoints | None = None,
+    resume: Checkpoint | None = None,
+) -> TrainingReport:
     """Fine-tune the adapters of a patched `model`; AdamW without weight decay, settings' schedule and batches.
 
-    `writer` is a tensorboardX SummaryWriter or None. Raises RunError at the first loss that is not finite, naming the
-    step and its blocks. (Paper, section 4.1.)
+    `writer` is a tensorboardX SummaryWriter or None. With `checkpoints` the run can go on from one of them, `resume`,
+    as if it had never been broken off; SIGINT and SIGTERM then write one, and raise Interrupted. RunError at the first
+    loss that is not finite, naming the step and its blocks. (Paper, section 4.1.)
     """
     schedule = Schedule(settings, len(blocks), accelerator.num_processes)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -186,15 +200,21 @@ def train(model: nn.Module, blocks: Blocks, patch: Patch, accelerator, settings:
         num_training_steps=schedule.num_steps,
     )
     rule = patch.rule
-    steps = DataLoader(
-        StepData(blocks, schedule, accelerator.process_index, settings.fixed_spans), batch_size=None, shuffle=False
-    )
+    data = StepData(blocks, schedule, accelerator.process_index, settings.fixed_spans)
+    done = resume.step if resume else 0
+    steps = iter(DataLoader(Subset(data, range(done, schedule.num_steps)), batch_size=None, shuffle=False))
+    tokens, losses, before = 0, [], 0.0
+    if resume is not None:  # behind iter(), which draws a random number
+        tokens, losses, before = restore(resume, model, optimizer, scheduler)
     token_losses.train()
-    start = time.perf_counter()
-    tokens, losses = 0, []
+    start = time.perf_counter() - before
+    hide = not accelerator.is_local_main_process
     try:
-        with tqdm(total=schedule.num_steps, desc="training", disable=not accelerator.is_local_main_process) as bar:
-            for step, micro_batches in enumerate(steps):
+        with (
+            tqdm(total=schedule.num_steps, initial=len(losses), desc="training", disable=hide) as bar,
+            signals_noted(checkpoints is not None) as signals,
+        ):
+            for step, micro_batches in enumerate(steps, start=len(losses)):
                 patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
                 teach = Teacher(model, patch, settings.distill_weight) if settings.distill_weight else None
                 loss = _step(token_losses, micro_batches, accelerator, optimizer, scheduler, teach)
@@ -211,11 +231,78 @@ def train(model: nn.Module, blocks: Blocks, patch: Patch, accelerator, settings:
                     writer.add_scalar("train/loss", loss, step + 1)
                     writer.add_scalar("train/learning_rate", scheduler.get_last_lr()[0], step + 1)
                     writer.add_scalar("train/tokens_per_second", speed, step + 1)
+                told = bool(signals)
+                if checkpoints is not None and (told or checkpoints.due(step + 1)) and step + 1 < schedule.num_steps:
+                    seconds = time.perf_counter() - start
+                    checkpoints.write(step + 1, *capture(model, optimizer, scheduler, tokens, losses, seconds))
+                if told:
+                    raise Interrupted(
+                        f"interrupted after step {step + 1} of {schedule.num_steps}: the same command with "
+                        "--resume_from_checkpoint goes on"
+                    )
     finally:
         patch.rule = rule
     tail = losses[-max(len(losses) // 10, 1) :]
     seconds = time.perf_counter() - start
     return TrainingReport(len(losses), tokens * accelerator.num_processes, seconds, sum(tail) / len(tail))
+
+
+@contextmanager
+def signals_noted(wanted: bool) -> Iterator[list[int]]:
+    """Let SIGINT and SIGTERM be noted in a list instead of ending the process; a second one ends it as before."""
+    noted: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def capture(model: nn.Module, optimizer, scheduler, tokens: int, losses: list[float], seconds: float) -> tuple:
+    """All that the next step depends on, as tensors by name and a state that JSON holds."""
+    tensors = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
+    for index, values in optimizer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    schedule = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
+    return tensors, {"tokens": tokens, "seconds": seconds, "scheduler": schedule}
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> tuple:
+    """Put everything back where `capture` found it; returns tokens, losses and seconds so far."""
+    tensors, state = checkpoint.tensors, checkpoint.state
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                value.copy_(tensors[f"model.{name}"])
+    optimizer_state = optimizer.optimizer.state_dict()
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, part = name.split(".")
+            optimizer_state["state"].setdefault(int(index), {})[part] = value
+    optimizer.optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(scheduler.state_dict() | state["scheduler"])
+    for group, rate in zip(optimizer.optimizer.param_groups, state["scheduler"]["_last_lr"]):
+        group["lr"] = rate
+    torch.set_rng_state(tensors["random"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    return state["tokens"], tensors["losses"].tolist(), state["seconds"]
 
 
 @dataclass

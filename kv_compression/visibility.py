@@ -212,7 +212,8 @@ def text_only(text: Tensor) -> MaskMod:
 def within(rule: MaskMod, attention_mask: Tensor, isolate_documents: bool = False) -> MaskMod:
     """`rule`, with the tokens where `attention_mask` `(batch, length)` is 0 seen by nobody but themselves.
 
-    With `isolate_documents` tokens with different numbers in `attention_mask` do not see each other either.
+    With `isolate_documents` tokens with different numbers in `attention_mask` do not see each other either, and every
+    token sees itself: what else a rule lets it see may all be in other documents.
     """
     real = attention_mask.bool()
 
@@ -220,7 +221,7 @@ def within(rule: MaskMod, attention_mask: Tensor, isolate_documents: bool = Fals
         seen = rule(b, h, q, k) & real[b, k]
         if isolate_documents:
             seen = seen & (attention_mask[b, q] == attention_mask[b, k])
-        return seen | ((q == k) & ~real[b, k])
+        return seen | ((q == k) & (isolate_documents | ~real[b, k]))
 
     return padded_rule
 
@@ -399,7 +400,7 @@ class Rule:
         before = torch.where(begins, count - text, 0).cummax(-1).values
         return (count - before - 1).clamp(min=0)
 
-    def removed(self, input_ids: Tensor) -> Tensor:
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Cache entries gone when the last token has been read, long `(batch,)`."""
         return torch.zeros_like(input_ids[:, 0])
 
@@ -455,9 +456,9 @@ class KVCompression(Rule):
             recent_tokens=self.recent_tokens,
         )
 
-    def removed(self, input_ids: Tensor) -> Tensor:
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         _, last = span_bounds(input_ids, self.cl_id, self.cr_id, self.cr_tokens)
-        text = is_text(input_ids, self.cl_id, self.cr_id)
+        text = self.text(input_ids, attention_mask)
         positions, read = count_text(text), text.sum(-1, keepdim=True)
         gone = text & (last >= 0) & (positions >= self.sink_tokens) & (positions + self.recent_tokens < read)
         return gone.sum(-1) - (input_ids == self.cr_id).sum(-1)
@@ -523,7 +524,7 @@ class LocalAttention(Rule):
     def mask_mod(self, input_ids: Tensor) -> MaskMod:
         return local_attention(input_ids.shape[-1], self.ratio, input_ids.device)
 
-    def removed(self, input_ids: Tensor) -> Tensor:
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         batch, length = input_ids.shape
         return torch.full_like(input_ids[:, 0], int((length - 1) * self.ratio))
 
@@ -555,7 +556,7 @@ class SinkAttention(Rule):
     def mask_mod(self, input_ids: Tensor) -> MaskMod:
         return sink_attention(input_ids.shape[-1], self.ratio, self.sinks, input_ids.device)
 
-    def removed(self, input_ids: Tensor) -> Tensor:
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         length = input_ids.shape[-1]
         sinks, recent = _sinks_and_recent(torch.tensor([length - 1]), self.ratio, self.sinks)
         return torch.full_like(input_ids[:, 0], int(recent - sinks))
@@ -583,7 +584,7 @@ class ScatteredAttention(Rule):
     def mask_mod(self, input_ids: Tensor) -> MaskMod:
         return scattered_attention(draw_keys(input_ids, self.ratio, self.seed))
 
-    def removed(self, input_ids: Tensor) -> Tensor:
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return (~draw_keys(input_ids, self.ratio, self.seed))[:, :-1].sum(-1)  # the last token sees itself
 
     def kinds(self, input_ids: Tensor, read: Read) -> Tensor:
@@ -649,13 +650,16 @@ def measure(rule: Rule, input_ids: Tensor, attention_mask: Tensor | None = None)
     """
     text = rule.text(input_ids, attention_mask)
     mask = dense_mask(rule.visible(input_ids, attention_mask), *input_ids.shape, input_ids.device)
-    per_query = mask.sum(-1) - 1  # every token sees itself
-    seen_from_here = mask.flip(1).to(torch.int8).cummax(1).values.flip(1)
+    own = mask.diagonal(dim1=1, dim2=2)
+    per_query = mask.sum(-1) - own.long()
+    readers = mask if attention_mask is None else mask & attention_mask.bool()[:, :, None]
+    seen_from_here = readers.flip(1).to(torch.int8).cummax(1).values.flip(1)
+    seen_from_here.diagonal(dim1=1, dim2=2).fill_(1)  # a token's own key is there while it is read
     held = torch.tril(seen_from_here).sum(-1) * text
     num_text = text.sum(-1)
     return MaskCost(
         text_tokens=int(num_text.sum()),
-        removed=int(rule.removed(input_ids).sum()),
+        removed=int(rule.removed(input_ids, attention_mask).sum()),
         attended_pairs=int((per_query * text).sum()),
         causal_pairs=int((num_text * (num_text - 1) // 2).sum()),
         kept_keys=int(held.sum()),

@@ -86,8 +86,8 @@ def sink_mask(length: int, ratio: float, sinks: int) -> list[list[bool]]:
 
 
 def held_keys(mask: list[list[bool]], q: int) -> int:
-    """Keys up to q that query q or a later one sees."""
-    return sum(any(mask[later][k] for later in range(q, len(mask))) for k in range(q + 1))
+    """Keys up to q that query q or a later one sees, its own among them."""
+    return sum(k == q or any(mask[later][k] for later in range(q, len(mask))) for k in range(q + 1))
 
 
 def local_mask(length: int, ratio: float) -> list[list[bool]]:

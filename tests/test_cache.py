@@ -206,6 +206,19 @@ def test_folding_a_span_that_was_just_read_equals_reading_it_between_sentinels(a
     assert (torch.cat(logits) - expected).abs().max() < 1e-9
 
 
+def test_a_fold_does_not_see_sinks_behind_its_span():
+    rule = KVCompression(CL, CR, sink_tokens=4)
+    model, text = MODELS["llama", torch.float64], list(range(10, 22))
+    values = []
+    for first in (3, 12):
+        cache = SentinelCache(rule=rule)
+        with compressed_attention(model, rule=rule), torch.no_grad():
+            model(torch.tensor([text[:first]]), past_key_values=cache)
+            cache.compress(1, 2)
+        values.append(cache.layers[-1].values[0, :, -1])
+    torch.testing.assert_close(*values, rtol=0, atol=1e-12)
+
+
 def test_rows_may_fold_different_spans_or_none():
     model = MODELS["llama", torch.float64]
     text = torch.randint(3, 60, (3, 24))

@@ -71,6 +71,9 @@ def test_flags_beat_the_preset():
         ({"bound_ratio": 0.97, "protocol": "matched"}, "spans of at most 25 can remove 245: lower the ratio to 0.957"),
         ({"bound_ratio": 0.9, "protocol": "matched", "recent_tokens": 20}, "in 236 of them can remove"),
         ({"dataset_name": "x", "train_file": "y"}, "not both"),
+        ({"protocol": "matched", "sink_tokens": 200, "recent_tokens": 100}, "more than a block has"),
+        ({"sentinel_learning_rate": float("inf")}, "must be finite"),
+        ({"method": "local_attention", "recipe": "best"}, "recipe is an option of --method kv_compression"),
         ({"distill_weight": 1.5}, "distill_weight must be from 0 to 1"),
         ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
         ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),
@@ -104,10 +107,8 @@ def test_a_missing_embedded_package_is_named(monkeypatch, tmp_path):
 def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():
     given = {"preset": "embedded", "method": "kv_compression", "recipe": "best", "bound_ratio": 0.9}
     found = presets.resolve(given)
-    assert (found.sink_tokens, found.recent_tokens, found.sentinel_learning_rate) == (4, 12, 0.02)
+    assert (found.sink_tokens, found.recent_tokens, found.sentinel_learning_rate) == (1, 15, 0.02)
     with pytest.raises(UsageError, match="can remove"):
-        presets.resolve(given | {"recent_tokens": 13})
+        presets.resolve(given | {"recent_tokens": 16})
     assert presets.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
     assert presets.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0
-    plain = presets.resolve(given | {"method": "local_attention"})
-    assert (plain.sink_tokens, plain.recent_tokens, plain.sentinel_learning_rate) == (0, 0, None)

@@ -140,7 +140,7 @@ def test_methods_without_sentinels_serve_both_protocols(tmp_path):
 @pytest.mark.parametrize(
     "settings, variant",
     [
-        ({"sink_tokens": 4, "recent_tokens": 12}, "4 sinks, window 12"),
+        ({"sink_tokens": 4, "recent_tokens": 12}, "sinks 4, window 12"),
         ({"span_sampler": "self_information", "span_unit": "phrase"}, "self-information sampler, by phrase"),
         ({"cr_tokens": 2, "distill_weight": 0.5}, "2 CR tokens, distilled 0.5"),
         ({"max_span_length": 8, "cr_visibility": "context"}, "CR sees context, spans to 8"),
@@ -155,7 +155,7 @@ def test_a_variant_is_named_by_what_is_not_plain(settings, variant):
 def test_settings_of_spans_make_no_variant_of_a_method_without_them():
     assert measured.variant_of(results("local_attention", max_span_length=8, fixed_spans=True)) == ("", "")
     assert measured.variant_of(results("sink_attention", sink_tokens=4)) == ("", "")
-    assert measured.variant_of(results("sink_attention", sink_tokens=1)) == ("1 sinks", "")
+    assert measured.variant_of(results("sink_attention", sink_tokens=1)) == ("sinks 1", "")
     assert measured.variant_of(results(protocol="paper", fixed_spans=True)) == ("", "")
     apart = results("full_attention", 0.0, isolate_documents=True)
     assert measured.variant_of(apart) == ("documents apart", "documents apart")
@@ -167,9 +167,9 @@ def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
     group = group_of(tmp_path, *runs)
     assert measured.select(measured.points(group, "matched"), "kv_compression")[0.5].nlls == {0: 3.5}
     rows = {row["variant"]: row for row in verdicts.describe(group, "matched") if row["method"] == "kv_compression"}
-    assert rows["4 sinks"]["nats_above_full"] == -2.0
+    assert rows["sinks 4"]["nats_above_full"] == -2.0
     assert rows["documents apart"]["nats_above_full"] == 1.5  # not of the runs that see other documents
-    assert "| KV compression | 4 sinks | 0.5 |" in text_of(tmp_path).split("### Variants")[1]
+    assert "| KV compression | sinks 4 | 0.5 |" in text_of(tmp_path).split("### Variants")[1]
 
 
 def test_a_run_without_fine_tuning_is_the_untrained_column_not_a_curve(tmp_path):
@@ -347,7 +347,7 @@ def test_scores_know_the_run_beside_them(tmp_path):
     (tmp_path / "000" / "scores_window.json").write_text(json.dumps(scores("local_attention")))
     (tmp_path / "000" / "window.about.json").write_text(json.dumps({"top_p": 0.5}))
     by_method = {score.method: score for one in measured.collect(tmp_path).scores for score in one}
-    assert (by_method["kv_compression"].variant, by_method["kv_compression"].seed) == ("4 sinks", 3)
+    assert (by_method["kv_compression"].variant, by_method["kv_compression"].seed) == ("sinks 4", 3)
     assert by_method["local_attention"].variant == "trained as KV compression"
     assert len(measured.collect(tmp_path).scores) == 2  # they were not generated alike
 

@@ -105,6 +105,32 @@ def test_documents_do_not_see_each_other(rows, cut):
             assert mask[row, q, k] == (slow_rules.visible(block, q, k, CL, CR) and q // cut == k // cut)
 
 
+@pytest.mark.parametrize("rule", [visibility.SinkAttention, visibility.LocalAttention, visibility.ScatteredAttention])
+def test_nobody_is_blind_in_a_document_of_its_own(rule):
+    ids, documents = torch.full((1, 40), 5), torch.tensor([[1] * 15 + [2] * 25])
+    mask = visibility.dense_mask(rule(ratio=0.9, isolate_documents=True).visible(ids, documents), 1, 40)[0]
+    assert mask.any(-1).all()
+    assert not mask[15:, :15].any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(variants(), st.integers(1, 5))
+def test_padding_changes_no_cost(variant, padding):
+    rule, _, ids = variant
+    alone = visibility.measure(rule, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+    padded, real = torch.tensor([ids + [0] * padding]), torch.tensor([[1] * len(ids) + [0] * padding])
+    assert visibility.measure(rule, padded, real) == alone
+
+
+@given(st.integers(2, 60), st.floats(0, 0.95))
+def test_the_attended_pairs_of_sink_attention_are_those_of_its_mask(length, ratio):
+    cost = visibility.measure(visibility.SinkAttention(ratio=ratio), torch.full((1, length), 5))
+    mask = slow_rules.sink_mask(length, ratio, 4)
+    assert cost.attended_pairs == sum(mask[q][k] for q in range(length) for k in range(q))
+    held = [len({k for later in range(q, length) for k in range(q + 1) if mask[later][k]} | {q}) for q in range(length)]
+    assert (cost.kept_keys, cost.most_kept) == (sum(held), max(held))
+
+
 @given(blocks(), st.integers(1, 6))
 def test_position_ids_by_document_begin_again(ids, cut):
     rule = visibility.KVCompression(CL, CR, position_ids_by_document=True)

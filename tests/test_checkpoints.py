@@ -1,0 +1,180 @@
+"""Checkpoints as files, and runs that are killed, told to end, or find a damaged one, and go on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kv_compression.checkpoints import Checkpoints
+from kv_compression.errors import RunError, UsageError
+from kv_compression.experiment import only_run_in
+from tests.conftest import sentences
+
+ROOT = Path(__file__).parent.parent
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "random": torch.tensor([1, 2], dtype=torch.uint8)}
+
+
+def of(folder, **options) -> Checkpoints:
+    return Checkpoints(Path(folder), {"seed": 0}, **{"steps": 2} | options)
+
+
+def files(folder) -> list[Path]:
+    return sorted((Path(folder) / "checkpoints").iterdir())
+
+
+def test_the_newest_is_read_and_the_last_few_are_kept(tmp_path):
+    checkpoints = of(tmp_path, keep=2)
+    assert checkpoints.read() is None
+    for step in (2, 4, 6):
+        checkpoints.write(step, TENSORS | {"a": TENSORS["a"] + step}, {"tokens": step})
+    found = checkpoints.read()
+    assert (found.step, found.state) == (6, {"tokens": 6})
+    assert torch.equal(found.tensors["a"], TENSORS["a"] + 6)
+    assert found.tensors["random"].dtype == torch.uint8
+    assert len(files(tmp_path)) == 2
+    assert checkpoints.read(4).step == 4
+    checkpoints.clear()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_they_are_due_by_steps_or_minutes(tmp_path):
+    assert [of(tmp_path, steps=3).due(step) for step in range(1, 7)] == [False, False, True] * 2
+    assert not of(tmp_path, steps=None, minutes=10).due(1)
+    assert of(tmp_path, steps=None, minutes=0).due(1)
+
+
+def test_any_damage_is_noticed_and_the_one_before_taken(tmp_path, capsys):
+    draw = random.Random(0)
+    checkpoints = of(tmp_path)
+    checkpoints.write(2, TENSORS, {})
+    checkpoints.write(4, TENSORS, {})
+    good = files(tmp_path)[1].read_bytes()
+    for _ in range(200):
+        broken = bytearray(good)
+        if draw.random() < 0.3:
+            broken = broken[: draw.randrange(len(broken))]
+        else:
+            for _ in range(draw.choice([1, 1, 8])):
+                place = draw.randrange(len(broken))
+                broken[place] ^= 1 << draw.randrange(8)
+        if bytes(broken) != good:
+            files(tmp_path)[1].write_bytes(broken)
+            assert checkpoints.read().step == 2
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_disk_that_refuses_leaves_the_last_good_one(tmp_path, monkeypatch):
+    checkpoints = of(tmp_path)
+    checkpoints.write(2, TENSORS, {})
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RunError, match="No space left on device; the last good one is of step 2"):
+        checkpoints.write(4, TENSORS, {})
+    assert [path.name for path in files(tmp_path)] == ["step_00000002.safetensors"]
+    assert checkpoints.read().step == 2
+
+
+def test_other_settings_are_refused(tmp_path):
+    of(tmp_path).write(2, TENSORS, {})
+    with pytest.raises(UsageError, match="other settings .seed."):
+        Checkpoints(tmp_path, {"seed": 1}).read()
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model, tmp_path_factory):
+    """A run of a dozen steps of a tiny model as a program."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, count in (("train", 40), ("test", 8)):
+        rows = [json.dumps({"text": text}) for text in sentences(count, len(name))]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
+    flags += ["--train_file", folder / "train.jsonl", "--test_file", folder / "test.jsonl", "--block_size", "32"]
+    flags += ["--max_span_length", "8", "--max_train_steps", "60", "--max_eval_blocks", "4", "--bound_ratio", "0.5"]
+    flags += ["--method", "kv_compression", "--checkpointing_steps", "2"]
+    return [sys.executable, str(ROOT / "run_clm.py"), *map(str, flags)]
+
+
+def results_of(folder) -> dict:
+    found = json.loads((Path(folder) / "results.json").read_text())
+    return {name: found[name] for name in ("perplexity", "nll", "untrained")} | {"loss": found["training"]["loss"]}
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    subprocess.run([*command, "--output_dir", folder], check=True, capture_output=True)
+    assert not (folder / "checkpoints").exists()
+    return without_seconds(results_of(folder))
+
+
+def without_seconds(results: dict) -> dict:
+    results["untrained"].pop("seconds")
+    return results
+
+
+def wait_for(folder: Path, step: int, process) -> None:
+    """Until there is a checkpoint of that step or a later one."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None:
+        names = os.listdir(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+        if any(name.endswith(".safetensors") and int(name[5:13]) >= step for name in names):
+            return
+        time.sleep(0.002)
+    raise AssertionError(process.communicate())
+
+
+def start(command, folder, *flags):
+    return subprocess.Popen(
+        [*command, "--output_dir", folder, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_run_killed_again_and_again_gives_what_an_unbroken_one_gives(command, unbroken, tmp_path):
+    folder, draw = tmp_path / "run", random.Random(1)
+    for step in (2, 20):
+        process = start(command, folder, "--resume_from_checkpoint")
+        wait_for(folder, step, process)
+        time.sleep(draw.random() * 0.05)  # anywhere in a step, or in the next checkpoint
+        process.kill()
+        process.communicate()
+    refused = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--resume_from_checkpoint goes on" in refused.stderr
+    newest = files(folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:-9])  # and the newest is damaged on top
+    done = subprocess.run(
+        [*command, "--output_dir", folder, "--resume_from_checkpoint"], capture_output=True, text=True, check=True
+    )
+    assert "is damaged: looking for the one before it" in done.stdout
+    assert without_seconds(results_of(folder)) == unbroken
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(command, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    process = start(command, folder)
+    wait_for(folder, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted after step" in errors
+    assert "--resume_from_checkpoint goes on" in errors
+    subprocess.run([*command, "--output_dir", folder, "--resume_from_checkpoint", "latest"], check=True)
+    assert without_seconds(results_of(folder)) == unbroken
+
+
+def test_a_second_run_is_kept_out(command, tmp_path):
+    with only_run_in(tmp_path / "run"):
+        second = subprocess.run([*command, "--output_dir", tmp_path / "run"], capture_output=True, text=True)
+    assert second.returncode == 1
+    assert "another run is at work" in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
