@@ -123,9 +123,9 @@ def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, prot
 def test_options_of_kv_compression_are_for_kv_compression():
     asked = {"cr_tokens": 2, "sink_tokens": 4, "r": 8, "lora_target_modules": ("a", "b"), "fixed_spans": True}
     flags = {method: sweep.Run(method, 0.5, "matched").flags(asked) for method in METHODS}
-    assert flags["kv_compression"][9:13] == ["--cr_tokens", "2", "--sink_tokens", "4"]
-    assert flags["local_attention"][9:] == ["--r", "8", "--lora_target_modules", "a", "b", "--fixed_spans"]
-    assert flags["sink_attention"][9:12] == ["--sink_tokens", "4", "--r"]
+    assert flags["kv_compression"][10:14] == ["--cr_tokens", "2", "--sink_tokens", "4"]
+    assert flags["local_attention"][10:] == ["--r", "8", "--lora_target_modules", "a", "b", "--fixed_spans"]
+    assert flags["sink_attention"][10:13] == ["--sink_tokens", "4", "--r"]
 
 
 @pytest.fixture
