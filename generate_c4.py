@@ -99,7 +99,6 @@ def main() -> None:
         window = min(map(settings.span_plan().window, lengths))
         settings = replace(settings, recent_tokens=min(settings.recent_tokens, window))
     rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
-    text_hash = hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
     about = {
         "method": method.name,
         "bound_ratio": asked,
@@ -111,7 +110,7 @@ def main() -> None:
         "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,
         "mixed_precision": precision,
-        "documents_sha256": text_hash,
+        "documents_sha256": generation.documents_digest(documents),
         "prefix_words": flags.prefix_words,
         **asdict(sampler),
     }

@@ -4,6 +4,7 @@ A prefix is read once, in chunks, and its continuations share what the cache kep
 depends on the seed and the document's number alone, so an interrupted run continues as if it had not been.
 """
 
+import hashlib
 import itertools
 import re
 import time
@@ -70,6 +71,11 @@ def pick(texts: Iterable[str], count: int, prefix_words: int, continuation_words
             f"no document has the {prefix_words + continuation_words} words of a prefix and a continuation"
         )
     return documents
+
+
+def documents_digest(documents: Iterable[Document]) -> str:
+    """SHA-256 over the documents' texts, in order."""
+    return hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
 
 
 @torch.no_grad()

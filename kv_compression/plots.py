@@ -3,10 +3,9 @@
 Draws points and scores as `report` has them, and the published figures; compares nothing.
 """
 
+import io
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kv_compression import published
-from kv_compression.errors import RunError
+from kv_compression.results import write_bytes
 
 DPI = 150
 WIDTH, HEIGHT, LEGEND_ROW = 9.0, 3.8, 0.24  # inches, of the figure, of the panels and of a line of the legend
@@ -277,16 +276,7 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write beside `path` and rename, as `results.write_text` does for text."""
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as file:
-            partial = file.name
-            figure.savefig(file, format="png", metadata={"Software": None})
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    """The figure as a PNG, written whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue())

@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from kv_compression.errors import RunError, run_script
+from kv_compression.whole_files import write_whole
 
 RESULTS = "results.json"
 REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity", "removed_fraction", "settings")
@@ -20,21 +19,14 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside `path` and rename it there: no reader sees half of it. RunError if the disk refuses."""
-    partial = None
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_whole`, with a RunError if the disk refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8", newline=""
-        ) as file:
-            partial = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        write_whole(path, content)
     except OSError as error:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 

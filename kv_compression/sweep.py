@@ -169,8 +169,7 @@ class Continuations:
         else:
             return about
         found = generation.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        content = "\0".join(document.prefix + "\0" + document.reference for document in found)
-        return about | {"documents": len(found), "documents_sha256": _sha256(content.encode())}
+        return about | {"documents": len(found), "documents_sha256": generation.documents_digest(found)}
 
 
 def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:

@@ -6,14 +6,14 @@ mean is the caller's business.
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from kv_compression.whole_files import write_whole
 
 
 def digest(*parts: bytes | str | Tensor) -> str:
@@ -32,24 +32,12 @@ def digest(*parts: bytes | str | Tensor) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note) -> None:
-    """Write a file beside `path` and rename it there: no reader sees half of it. OSError if the disk refuses.
+    """`write_whole` of tensors. OSError if the disk refuses.
 
     `note` is whatever JSON holds.
     """
     text = canonical(note)
-    content = safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)})
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
-            partial = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
+    write_whole(path, safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:
