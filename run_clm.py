@@ -55,6 +55,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
         help="grouped on a CPU, else sdpa (auto)",
     )
     add("--mixed_precision", choices=["auto", "no", "bf16"], help="bf16 where the hardware has it (auto)")
+    add("--compile", action="store_true", default=None, help="compile the model's layers: minutes once, then faster")
+    add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more compute")
     add("--preprocessing_num_workers", type=int)
     add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
     add("--skip_untrained", action="store_true", default=None, help="no score before fine-tuning")
@@ -81,7 +83,7 @@ def main() -> None:
         if PartialState().is_main_process:
             print(line, flush=True)
 
-    settings = presets.resolve(flags)
+    settings = presets.resolve(flags | {"num_processes": PartialState().num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
     found = experiment.finished(settings, overwrite, resume)
     if found is not None:

@@ -41,8 +41,9 @@ from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
-from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, train
+from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
 from kv_compression.visibility import METHODS, Rule
+from kv_compression.whole_files import PARTIAL, remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,17 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
 
 
 LOCK, UNTRAINED = "run.lock", "untrained.json"
-_MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
-_MADE_ON_THE_WAY = (LOCK, f"{UNTRAINED}*", FOLDER)
+_MADE_BY_A_RUN = (
+    RESULTS,
+    f".*{PARTIAL}",
+    "train.log",
+    "tensorboard",
+    "README.md",
+    "adapter_*",
+    "*token*.json",
+    "*.jinja",
+)
+_MADE_ON_THE_WAY = (LOCK, UNTRAINED, FOLDER)
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
 _MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
@@ -113,12 +123,13 @@ def run(settings: Settings, resume: bool = False) -> dict:
 def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
     transformers.set_seed(settings.seed)
-    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
+    handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=handlers)
     folder = Path(settings.output_dir)
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
-    rule, splits = prepare(settings, tokenizer, model, accelerator, revision)
+    rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
     checkpoints = checkpoints_of(settings)
     checkpoint = checkpoints.read() if resume else None
     if accelerator.is_main_process:
@@ -128,12 +139,12 @@ def _run(settings: Settings, resume: bool) -> dict:
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
-    model = add_lora(model, targets, settings.r, sentinel_ids).to(accelerator.device)
+    prepared = prepare(add_lora(model, targets, settings.r, sentinel_ids), accelerator, settings)
+    model = prepared.model
 
     def score(split: str, note: str) -> dict:
-        blocks = splits[split]
-        size = settings.per_device_eval_batch_size
-        score = evaluate(model, blocks, rule, accelerator, batch_size=size, protocol=settings.protocol, note=note)
+        losses, blocks, size = prepared.token_losses, splits[split], settings.per_device_eval_batch_size
+        score = evaluate(losses, blocks, rule, accelerator, batch_size=size, protocol=settings.protocol, note=note)
         log.info("%s: %s", note, score)
         return asdict(score)
 
@@ -147,7 +158,7 @@ def _run(settings: Settings, resume: bool) -> dict:
                     write_json(folder / UNTRAINED, untrained)
             report = None
             if not settings.eval_only:
-                report = train(model, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+                report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
             scores = {
                 split: untrained if split == "test" and report is None else score(split, f"{split} split")
                 for split in ("test", "validation")
@@ -189,15 +200,17 @@ def _run(settings: Settings, resume: bool) -> dict:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
     }
+    weights = trained(model)
     if accelerator.is_main_process:
         try:
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             tokenizer.save_pretrained(folder)
         except OSError as error:
             raise RunError(f"cannot save the adapter in {folder}: {error}") from error
         write_json(folder / RESULTS, results)
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
+        remove_partial(folder)
     accelerator.end_training()
     return results
 
@@ -310,7 +323,7 @@ def check_length(model: nn.Module, block_size: int) -> None:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 
 
-def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
+def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
     """The method's rule, with its sentinels in tokenizer and model, and the blocks of every split there is."""
     method = METHODS[settings.method]
     wanted = [split for split in SPLITS if split != "train" or not settings.eval_only]

@@ -32,6 +32,16 @@ class TokenLosses(nn.Module):
         self.model = model
         self._chunked = _has_plain_head(model) and not _head_of(model).weight.requires_grad
 
+    def layers(self) -> list[nn.Module]:
+        """The model's layers: what is worth compiling, and what processes may each hold a part of."""
+        names = set(self._no_split_modules)
+        return [module for module in decoder_of(self.model).modules() if type(module).__name__ in names]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The class names of `layers`, by the name under which accelerate asks for them."""
+        return list(causal_lm_of(self.model)._no_split_modules or [])
+
     def hidden_states(self, **inputs) -> Tensor:
         """The decoder's last hidden states, `(batch, length, width)`."""
         return decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state

@@ -77,6 +77,9 @@ class Settings:
     seed: int = 0
     attn_implementation: str = "sdpa"
     mixed_precision: str = "no"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    num_processes: int = 1
     eval_only: bool = False
     skip_untrained: bool = False
     preprocessing_num_workers: int | None = None
@@ -87,7 +90,7 @@ class Settings:
     def identity(self) -> dict:
         """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
         ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
-        ignored |= {"checkpointing_steps", "checkpoints_to_keep"}
+        ignored |= {"checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"}
         settings = {name: value for name, value in asdict(self).items() if name not in ignored}
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}

@@ -216,6 +216,7 @@ def jobs(
     """
     # What is left to the machine may differ between workers.
     any_of = [name for name in ("mixed_precision", "attn_implementation") if given.get(name, "auto") == "auto"]
+    any_of += ["num_processes"]
     found, about = [], {}
     for run in runs:
         target = folder / run.name

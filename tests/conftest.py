@@ -61,3 +61,17 @@ def write_tiny_model(folder, positions: int = 128) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+TOLD: list[str] = []
+
+
+@pytest.fixture
+def tell():
+    """A function that takes a line to show below the tests' results."""
+    return TOLD.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in TOLD:
+        terminalreporter.write_line(line)
