@@ -19,6 +19,7 @@ import datasets
 import torch
 import transformers
 
+from kv_compression import processes
 from kv_compression.data import SPAN_SAMPLERS, SpanPlan
 from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
@@ -429,11 +430,11 @@ def embedded_encoder() -> str:
 
 
 def load_scorers(models: ScorerModels) -> tuple:
-    """The models as `scoring.BertScorer` and `scoring.Fluency`, on the GPU if there is one. RunError if one is not
+    """The models as `scoring.BertScorer` and `scoring.Fluency`, on this process's device. RunError if one is not
     to be had."""
     from kv_compression import scoring
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
     language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
     return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)
