@@ -96,6 +96,13 @@ class Settings:
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
+    @staticmethod
+    def regardless_of_processes(identity: dict) -> dict:
+        """An identity in which it is the same, by how many processes a batch is shared."""
+        identity = dict(identity)
+        shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
+        return identity | {"blocks a micro-batch": shares[0] * shares[1] if None not in shares else None}
+
     def check(self) -> None:
         """Raise UsageError for values that no run can have."""
         if self.method not in METHODS:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import peft
@@ -131,6 +131,10 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
     if settings.compile:
         for layer in token_losses.layers():
             layer.compile(dynamic=True)  # blocks with sentinels are of many lengths
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin  # bf16 is too coarse for losses and for sums over processes
+        exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
     token_losses, optimizer = accelerator.prepare(token_losses, optimizer)
     return Prepared(model, token_losses, optimizer)
 
