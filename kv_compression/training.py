@@ -264,9 +264,14 @@ def train(
                 rate = scheduler.get_last_lr()[0]
                 loss = _step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
                 overdue = checkpoints is not None and accelerator.is_main_process and checkpoints.overdue()
-                wishes = loss.new_tensor([bool(signals), overdue])  # processes must agree, and their clocks do not
-                results = accelerator.reduce(torch.stack([loss / accelerator.num_processes, *wishes]), reduction="sum")
-                progress.add(results, sum(micro_batch.num_targets for micro_batch in micro_batches), rate)
+                # Processes must agree, and their clocks do not.
+                wishes = [torch.full_like(loss, float(wish)) for wish in (bool(signals), overdue)]
+                results = torch.stack([loss / accelerator.num_processes, *wishes])
+                progress.add(
+                    accelerator.reduce(results, reduction="sum"),
+                    sum(micro_batch.num_targets for micro_batch in micro_batches),
+                    rate,
+                )
                 due = checkpoints is not None and checkpoints.due_at(step + 1)
                 if (due or progress.checkpoint_wanted or progress.end_wanted) and step + 1 < schedule.num_steps:
                     progress.read()
