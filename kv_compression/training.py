@@ -262,7 +262,7 @@ def train(
             for step, micro_batches in enumerate(steps, start=done):
                 patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
                 rate = scheduler.get_last_lr()[0]
-                loss = _step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
+                loss = optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
                 overdue = checkpoints is not None and accelerator.is_main_process and checkpoints.overdue()
                 # Processes must agree, and their clocks do not.
                 wishes = [torch.full_like(loss, float(wish)) for wish in (bool(signals), overdue)]
@@ -459,7 +459,7 @@ class Teacher:
         return {"teacher": states, "distill_weight": self.weight}
 
 
-def _step(
+def optimizer_step(
     prepared: Prepared,
     micro_batches: list[MicroBatch],
     accelerator,
