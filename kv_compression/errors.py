@@ -16,7 +16,7 @@ LIBRARY_SETTINGS = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",
 }
 NO_PROGRESS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-LAST_WORDS = 10.0  # seconds that other processes leave the main one to say why it ends
+LAST_WORDS = 10.0  # seconds that a process leaves another to say why both end
 
 
 def quiet_libraries() -> None:
@@ -44,12 +44,13 @@ def is_main_process() -> bool:
 
 
 def complain(message: str) -> None:
-    """Print why the run ends as one line, once for all processes of a launch.
+    """Print why the run ends as one line, once for all processes that a launcher has started on a machine.
 
-    The main process says it, whereupon the launcher ends the others. One that is left has failed alone, and says so.
+    The main process says it, whereupon the launcher ends the others. Where it is on another machine the first of this
+    one does, and any that is left then has failed alone.
     """
     if not is_main_process():
-        time.sleep(LAST_WORDS)
+        time.sleep(LAST_WORDS if os.environ.get("LOCAL_RANK") == "0" else 2 * LAST_WORDS)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 

@@ -41,9 +41,9 @@ def state() -> accelerate.PartialState:
 
 
 def load_whole_models() -> None:
-    """Have every process load all weights of its models, whatever the launch does with models that are trained.
+    """Have every process load its models as if it were alone.
 
-    Under FSDP transformers leaves weights out that sharding would bring along later.
+    Under FSDP transformers leaves it to the sharding of a model, which only training does, to fill in weights.
     """
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import safetensors.torch
 import torch
 
 import eval_generation
@@ -184,7 +185,7 @@ def shared(runs, tiny_model):
     rows = [json.dumps({"text": text}) for text in sentences(16, 3)]
     (folder / "docs.jsonl").write_text("\n".join(rows) + "\n")
     flags = ["--model_dir", runs / "output" / "kv_compression", "--docs_file", folder / "docs.jsonl"]
-    flags += ["--prefix_words", 20, "--continuation_words", 15, "--num_continuations", 2, "--batch_size", 1]
+    flags += ["--prefix_words", 20, "--continuation_words", 20, "--num_continuations", 2, "--batch_size", 1]
     flags = [*map(str, flags), "--num_documents", "15", "--mixed_precision", "no", "--output_file"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every process of a launch
@@ -201,7 +202,12 @@ def shared(runs, tiny_model):
         trouble = [records[3], {"index": 98, "continuations": ["a"]}]
         trouble += [records[4] | {"index": 99, "continuations": [" ", "a", "a cat"]}]
         path.write_text("\n".join(map(json.dumps, [*records, *trouble])) + '\n{"index"')
-    scorer = ["--fluency_model", tiny_model]
+    # Like roberta-large the scorer's file lacks a weight: under FSDP one process alone would have it.
+    shutil.copytree(tiny_model, folder / "scorer")
+    weights = safetensors.torch.load_file(folder / "scorer" / "model.safetensors")
+    del weights["gpt_neox.final_layer_norm.bias"]
+    safetensors.torch.save_file(weights, folder / "scorer" / "model.safetensors", {"format": "pt"})
+    scorer = ["--fluency_model", folder / "scorer"]
     assert run(eval_generation, folder / "one", *scorer) == 0
     programs = [
         [ROOT / "generate_c4.py", *flags, folder / "two.jsonl"],
@@ -260,10 +266,11 @@ def test_one_process_continues_what_two_have_left(shared):
     launcher = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not (path.exists() and path.read_bytes()):
         assert launcher.poll() is None
+        others = psutil.Process(launcher.pid).children(recursive=True)
         time.sleep(0.01)
-    others = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()  # it cannot tell them any more
     launcher.wait()
     assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert len(lines_of(path)) < 15
     assert run(generate_c4, *flags, path) == 0
     assert lines_of(path) == lines_of(folder / "one.jsonl")

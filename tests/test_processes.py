@@ -53,8 +53,10 @@ def test_an_error_is_left_to_the_main_process(monkeypatch, capsys):
     def fail():
         raise RunError("no\n way")
 
-    for rank, pauses in (("0", []), ("1", [errors.LAST_WORDS])):
+    places = {("0", "0"): [], ("8", "0"): [errors.LAST_WORDS], ("1", "1"): [2 * errors.LAST_WORDS]}
+    for (rank, local_rank), pauses in places.items():
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         waited.clear()
         assert errors.run_script(fail) == 1
         assert waited == pauses  # then the launcher has ended the process, or it has failed alone
