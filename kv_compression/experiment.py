@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from typing import IO
 import accelerate
 import huggingface_hub
 import peft
-import tensorboardX
 import torch
 import transformers
 from torch import nn
@@ -40,6 +40,7 @@ from kv_compression.information import cached_self_information
 from kv_compression.perplexity import evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
+from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
 from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
@@ -150,28 +151,25 @@ def _run(settings: Settings, resume: bool) -> dict:
         log.info("%s: %s", note, score)
         return asdict(score)
 
-    writer = tensorboardX.SummaryWriter(str(folder / "tensorboard")) if accelerator.is_main_process else None
-    try:
-        with compressed_attention(model, rule=rule) as patch:
-            untrained = read_untrained(folder) if checkpoint else None
-            if untrained is None and (settings.eval_only or not settings.skip_untrained):
-                untrained = score("test", "test split, untrained")
-                if accelerator.is_main_process:
-                    write_json(folder / UNTRAINED, untrained)
-            report = None
-            if not settings.eval_only:
-                report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
-            scores = {
-                split: untrained if split == "test" and report is None else score(split, f"{split} split")
-                for split in ("test", "validation")
-                if split in splits
-            }
-        if writer is not None:
-            for split, result in scores.items():
-                writer.add_scalar(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
-    finally:
-        if writer is not None:
-            writer.close()
+    writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
+    with compressed_attention(model, rule=rule) as patch:
+        untrained = read_untrained(folder) if checkpoint else None
+        if untrained is None and (settings.eval_only or not settings.skip_untrained):
+            untrained = score("test", "test split, untrained")
+            if accelerator.is_main_process:
+                write_json(folder / UNTRAINED, untrained)
+        report = None
+        if not settings.eval_only:
+            report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+        scores = {
+            split: untrained if split == "test" and report is None else score(split, f"{split} split")
+            for split in ("test", "validation")
+            if split in splits
+        }
+    if writer is not None:
+        for split, result in scores.items():
+            writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
+        writer.flush()
 
     results = {
         "method": settings.method,
@@ -417,8 +415,19 @@ def _clear(folder: Path) -> None:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose disk must not refuse: RunError if it does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        raise RunError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _log_to(path: Path, append: bool = False) -> None:
-    handler = logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8")
+    try:
+        handler = _LogFile(path, mode="a" if append else "w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     package = logging.getLogger("kv_compression")
     for old in package.handlers[:]:

@@ -230,7 +230,7 @@ def train(
 ) -> TrainingReport:
     """Fine-tune the adapters of a patched model with settings' schedule and batches.
 
-    `writer` is a tensorboardX SummaryWriter or None. With `checkpoints` the run can go on from one of them, `resume`,
+    `writer` is a `scalars.Scalars` or None. With `checkpoints` the run can go on from one of them, `resume`,
     as if it had never been broken off; SIGINT and SIGTERM then write one, and raise Interrupted. RunError at the first
     loss that is not finite, naming the step and its blocks. (Paper, section 4.1.)
     """
@@ -292,7 +292,7 @@ def train(
 
 
 class Progress:
-    """What a run has done so far, told to the log, the bar and the `writer` (tensorboardX, or None).
+    """What a run has done so far, told to the log, the bar and the `writer` (`scalars.Scalars`, or None).
 
     Reading a number waits for the device, so a step's results are read when `ahead` later ones are on their way. They
     are three numbers: the loss, and by how many processes an end and a checkpoint are wanted.
@@ -342,9 +342,9 @@ class Progress:
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
         if self.writer is not None:
-            self.writer.add_scalar("train/loss", loss, step)
-            self.writer.add_scalar("train/learning_rate", rate, step)
-            self.writer.add_scalar("train/tokens_per_second", speed, step)
+            self.writer.add("train/loss", loss, step)
+            self.writer.add("train/learning_rate", rate, step)
+            self.writer.add("train/tokens_per_second", speed, step)
 
     def report(self) -> TrainingReport:
         """What was done in all."""
