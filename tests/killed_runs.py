@@ -65,9 +65,17 @@ def main(folder: Path, kills: int, kills_while_writing: int, flags: list[str]) -
         found["left_behind"] += [name for name in names(folder) if name == "checkpoints" or ".partial" in name]
         shutil.rmtree(folder)
 
+    def run_to_its_end() -> float:
+        begun, process = time.monotonic(), begin(flags)
+        while not has_ended(process):
+            time.sleep(0.01)
+        keep_results()
+        return time.monotonic() - begun
+
+    whole = run_to_its_end()
     while to_come:
         while_writing = to_come[-1]
-        process, end = begin(flags), time.monotonic() + draw.uniform(0.0, 1.2)
+        process, end = begin(flags), time.monotonic() + draw.uniform(0.0, 0.9 * whole)
         while not (ended := has_ended(process)) and time.monotonic() < end:
             time.sleep(0.002)
         while while_writing and not ended and not half_written(folder):
@@ -83,10 +91,7 @@ def main(folder: Path, kills: int, kills_while_writing: int, flags: list[str]) -
             to_come.pop()
         else:
             found["steps_at_kills"].pop()  # it was through before the kill struck
-    process = begin(flags)
-    while not has_ended(process):
-        time.sleep(0.01)
-    keep_results()
+    run_to_its_end()
     return found
 
 
