@@ -338,9 +338,11 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
     by_document = settings.isolate_documents or settings.position_ids_by_document
     informed = plan.compress and plan.sampler == "self_information"
 
-    # Where the untouched model is asked first, its vocabulary must not have grown yet.
-    if not informed:
-        cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
+    # Unless sentinels stand in the text the vocabulary grows last: so all methods share one token stream, and the
+    # untouched model can be asked.
+    cl_id = cr_id = -1
+    if method.uses_sentinels and in_text:
+        cl_id, cr_id = add_sentinels(tokenizer, model)
     blocks, information = {}, {}
     for split, texts in rows.items():
         with accelerator.main_process_first():
@@ -353,7 +355,7 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
             with accelerator.main_process_first():
                 tokens = blocks[split]["input_ids"]
                 information[split] = cached_self_information(model.to(accelerator.device), identity, tokens)
-    if informed:
+    if method.uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {
         split: Blocks(
