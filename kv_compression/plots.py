@@ -334,6 +334,7 @@ def _draw_panel(axes, panel: Panel) -> None:
             markersize=3.5 if curve.muted else curve.size,
             markerfacecolor=curve.colour if curve.filled else "white",
             capsize=3,
+            zorder=2 if curve.muted else 2.5,
         )
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
