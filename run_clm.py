@@ -75,20 +75,21 @@ def main() -> None:
     """Run what the flags ask for, or show the same run's results if they are there."""
     flags, overwrite, resume = parse()
     quiet_libraries()
-    from accelerate import PartialState
+    from kv_compression import experiment, presets, processes, results
 
-    from kv_compression import experiment, presets, results
+    state = processes.state()
 
     def say(line: str) -> None:
-        if PartialState().is_main_process:
+        if state.is_main_process:
             print(line, flush=True)
 
-    settings = presets.resolve(flags | {"num_processes": PartialState().num_processes})
+    settings = presets.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    found = experiment.finished(settings, overwrite, resume)
+    found = processes.on_main(experiment.finished, settings, overwrite, resume)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
     say(results.summary(found or experiment.run(settings, resume and not overwrite)))
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

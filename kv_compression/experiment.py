@@ -7,21 +7,22 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import IO
 
 import accelerate
 import huggingface_hub
 import peft
-import tensorboardX
 import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets
+from kv_compression import presets, processes
 from kv_compression.attention import compressed_attention
 from kv_compression.checkpoints import FOLDER, Checkpoints
 from kv_compression.data import (
@@ -39,6 +40,7 @@ from kv_compression.information import cached_self_information
 from kv_compression.perplexity import evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
+from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
 from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
@@ -105,7 +107,8 @@ def _made_by_a_run(path: Path) -> bool:
 
 def _differences(old, new: dict) -> str:
     """The first settings that differ, "" if none does. What an older version did not know had its default."""
-    old = Settings().identity() | (old if isinstance(old, dict) else {})
+    old = Settings.regardless_of_processes(Settings().identity() | (old if isinstance(old, dict) else {}))
+    new = Settings.regardless_of_processes(new)
     changed = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in old if old[name] != new.get(name)]
     return "; ".join(changed[:3])
 
@@ -122,9 +125,9 @@ def run(settings: Settings, resume: bool = False) -> dict:
 
 def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
+    processes.load_whole_models()
     transformers.set_seed(settings.seed)
-    handlers = [accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=handlers)
+    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     folder = Path(settings.output_dir)
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
@@ -148,28 +151,25 @@ def _run(settings: Settings, resume: bool) -> dict:
         log.info("%s: %s", note, score)
         return asdict(score)
 
-    writer = tensorboardX.SummaryWriter(str(folder / "tensorboard")) if accelerator.is_main_process else None
-    try:
-        with compressed_attention(model, rule=rule) as patch:
-            untrained = read_untrained(folder) if checkpoint else None
-            if untrained is None and (settings.eval_only or not settings.skip_untrained):
-                untrained = score("test", "test split, untrained")
-                if accelerator.is_main_process:
-                    write_json(folder / UNTRAINED, untrained)
-            report = None
-            if not settings.eval_only:
-                report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
-            scores = {
-                split: untrained if split == "test" and report is None else score(split, f"{split} split")
-                for split in ("test", "validation")
-                if split in splits
-            }
-        if writer is not None:
-            for split, result in scores.items():
-                writer.add_scalar(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
-    finally:
-        if writer is not None:
-            writer.close()
+    writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
+    with compressed_attention(model, rule=rule) as patch:
+        untrained = read_untrained(folder) if checkpoint else None
+        if untrained is None and (settings.eval_only or not settings.skip_untrained):
+            untrained = score("test", "test split, untrained")
+            if accelerator.is_main_process:
+                write_json(folder / UNTRAINED, untrained)
+        report = None
+        if not settings.eval_only:
+            report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+        scores = {
+            split: untrained if split == "test" and report is None else score(split, f"{split} split")
+            for split in ("test", "validation")
+            if split in splits
+        }
+    if writer is not None:
+        for split, result in scores.items():
+            writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
+        writer.flush()
 
     results = {
         "method": settings.method,
@@ -211,14 +211,14 @@ def _run(settings: Settings, resume: bool) -> dict:
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
         remove_partial(folder)
-    accelerator.end_training()
     return results
 
 
 def checkpoints_of(settings: Settings) -> Checkpoints:
     """The checkpoints of a run with these settings."""
     steps, minutes = settings.checkpoint_interval()
-    return Checkpoints(Path(settings.output_dir), settings.identity(), steps, minutes, settings.checkpoints_to_keep)
+    identity = Settings.regardless_of_processes(settings.identity())
+    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep)
 
 
 def read_untrained(folder: Path) -> dict | None:
@@ -236,24 +236,29 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however it ends. RunError if another holds it, or the folder cannot be written.
     """
-    if accelerate.PartialState().num_processes > 1 and not accelerate.PartialState().is_main_process:
+    lock = processes.together(_lock, folder, here=processes.state().is_main_process)
+    try:
         yield
-        return
+    finally:
+        if lock is not None:
+            with lock:
+                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO:
+    """An open file that no other process can lock; RunError as in `only_run_in`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
+    return file
 
 
 def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
@@ -345,16 +350,15 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
         cl_id, cr_id = add_sentinels(tokenizer, model)
     blocks, information = {}, {}
     for split, texts in rows.items():
-        with accelerator.main_process_first():
-            stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers, settings.span_unit)
+        how = (in_text, settings.preprocessing_num_workers, settings.span_unit)
+        stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
             identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
-            with accelerator.main_process_first():
-                tokens = blocks[split]["input_ids"]
-                information[split] = cached_self_information(model.to(accelerator.device), identity, tokens)
+            asked = (model.to(accelerator.device), identity, blocks[split]["input_ids"])
+            information[split] = processes.one_first(cached_self_information, *asked)
     if method.uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {
@@ -413,8 +417,19 @@ def _clear(folder: Path) -> None:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose disk must not refuse: RunError if it does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        raise RunError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _log_to(path: Path, append: bool = False) -> None:
-    handler = logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8")
+    try:
+        handler = _LogFile(path, mode="a" if append else "w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     package = logging.getLogger("kv_compression")
     for old in package.handlers[:]:

@@ -5,6 +5,7 @@ used for loss and gradient, and dropped, a few tokens at a time, and only for to
 and labels, no method.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -100,8 +101,14 @@ def _head_of(model: nn.Module) -> _Head:
     if not active:
         return _Head(base.weight, getattr(base, "bias", None), None, None)
     rows = torch.cat([deltas[name] for name in active])
-    indices = [index for name in active for index in adapter.token_indices[name]]
-    return _Head(base.weight, getattr(base, "bias", None), rows, torch.tensor(indices, device=rows.device))
+    indices = tuple(index for name in active for index in adapter.token_indices[name])
+    return _Head(base.weight, getattr(base, "bias", None), rows, _on_device(indices, rows.device))
+
+
+@lru_cache(maxsize=16)
+def _on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices as a tensor, made once: the device would have to be waited for each time."""
+    return torch.tensor(indices, device=device)
 
 
 @torch.no_grad()

@@ -4,18 +4,15 @@ A job is a run's commands and how to tell that their work is done already. Knows
 the scripts' business, who carries it out that of `claims`.
 """
 
-import ctypes
 import hashlib
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ from kv_compression import data, experiment, generation, presets, records
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.presets import Settings
+from kv_compression.processes import END_WITH_PARENT
 from kv_compression.results import RESULTS, read_results
 from kv_compression.visibility import METHODS, Rule
 
@@ -30,8 +28,6 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 FULL = Rule.name  # full attention, the baseline
 POLL = 5.0  # seconds between looks at what other workers do
 GRACE = 90.0  # seconds for a command to go when it is told to: a run finishes its step and writes a checkpoint
-# Linux ends a command whose worker is killed (PR_SET_PDEATHSIG), so that it does not write beside the next worker's.
-END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None
 
 
 class Run(NamedTuple):

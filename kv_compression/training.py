@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import peft
@@ -131,6 +131,10 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
     if settings.compile:
         for layer in token_losses.layers():
             layer.compile(dynamic=True)  # blocks with sentinels are of many lengths
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin  # bf16 is too coarse for losses and for sums over processes
+        exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
     token_losses, optimizer = accelerator.prepare(token_losses, optimizer)
     return Prepared(model, token_losses, optimizer)
 
@@ -226,7 +230,7 @@ def train(
 ) -> TrainingReport:
     """Fine-tune the adapters of a patched model with settings' schedule and batches.
 
-    `writer` is a tensorboardX SummaryWriter or None. With `checkpoints` the run can go on from one of them, `resume`,
+    `writer` is a `scalars.Scalars` or None. With `checkpoints` the run can go on from one of them, `resume`,
     as if it had never been broken off; SIGINT and SIGTERM then write one, and raise Interrupted. RunError at the first
     loss that is not finite, naming the step and its blocks. (Paper, section 4.1.)
     """
@@ -258,11 +262,16 @@ def train(
             for step, micro_batches in enumerate(steps, start=done):
                 patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
                 rate = scheduler.get_last_lr()[0]
-                loss = _step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
+                loss = optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
                 overdue = checkpoints is not None and accelerator.is_main_process and checkpoints.overdue()
-                wishes = loss.new_tensor([bool(signals), overdue])  # processes must agree, and their clocks do not
-                results = accelerator.reduce(torch.stack([loss / accelerator.num_processes, *wishes]), reduction="sum")
-                progress.add(results, sum(micro_batch.num_targets for micro_batch in micro_batches), rate)
+                # Processes must agree, and their clocks do not.
+                wishes = [torch.full_like(loss, float(wish)) for wish in (bool(signals), overdue)]
+                results = torch.stack([loss / accelerator.num_processes, *wishes])
+                progress.add(
+                    accelerator.reduce(results, reduction="sum"),
+                    sum(micro_batch.num_targets for micro_batch in micro_batches),
+                    rate,
+                )
                 due = checkpoints is not None and checkpoints.due_at(step + 1)
                 if (due or progress.checkpoint_wanted or progress.end_wanted) and step + 1 < schedule.num_steps:
                     progress.read()
@@ -283,7 +292,7 @@ def train(
 
 
 class Progress:
-    """What a run has done so far, told to the log, the bar and the `writer` (tensorboardX, or None).
+    """What a run has done so far, told to the log, the bar and the `writer` (`scalars.Scalars`, or None).
 
     Reading a number waits for the device, so a step's results are read when `ahead` later ones are on their way. They
     are three numbers: the loss, and by how many processes an end and a checkpoint are wanted.
@@ -333,9 +342,9 @@ class Progress:
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
         if self.writer is not None:
-            self.writer.add_scalar("train/loss", loss, step)
-            self.writer.add_scalar("train/learning_rate", rate, step)
-            self.writer.add_scalar("train/tokens_per_second", speed, step)
+            self.writer.add("train/loss", loss, step)
+            self.writer.add("train/learning_rate", rate, step)
+            self.writer.add("train/tokens_per_second", speed, step)
 
     def report(self) -> TrainingReport:
         """What was done in all."""
@@ -450,7 +459,7 @@ class Teacher:
         return {"teacher": states, "distill_weight": self.weight}
 
 
-def _step(
+def optimizer_step(
     prepared: Prepared,
     micro_batches: list[MicroBatch],
     accelerator,

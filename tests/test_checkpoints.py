@@ -15,7 +15,6 @@ import torch
 from kv_compression.checkpoints import Checkpoints
 from kv_compression.errors import RunError, UsageError
 from kv_compression.experiment import only_run_in
-from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "random": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -93,17 +92,17 @@ def test_other_settings_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def command(tiny_model, tmp_path_factory):
-    """A run of a dozen steps of a tiny model as a program."""
-    folder = tmp_path_factory.mktemp("text")
-    for name, count in (("train", 40), ("test", 8)):
-        rows = [json.dumps({"text": text}) for text in sentences(count, len(name))]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
-    flags += ["--train_file", folder / "train.jsonl", "--test_file", folder / "test.jsonl", "--block_size", "32"]
-    flags += ["--max_span_length", "8", "--max_train_steps", "60", "--max_eval_blocks", "4", "--bound_ratio", "0.5"]
-    flags += ["--method", "kv_compression", "--checkpointing_steps", "2"]
-    return [sys.executable, str(ROOT / "run_clm.py"), *map(str, flags)]
+def command(tiny_run):
+    """A run of some steps of a tiny model as a program."""
+    return [
+        sys.executable,
+        str(ROOT / "run_clm.py"),
+        *tiny_run,
+        "--max_train_steps",
+        "60",
+        "--checkpointing_steps",
+        "2",
+    ]
 
 
 def results_of(folder) -> dict:
