@@ -3,7 +3,12 @@
 . "$(dirname -- "$0")/environment.sh"
 # As in run_clm: the images of machines with a GPU lack the embedded weights, and claim 1 scores no text.
 command -v nvidia-smi >/dev/null 2>&1 && embedded=
-case " $* " in *" --claims"*2*) ;; *) scoring= ;; esac
+after= claim_2=
+for word in "$@"; do
+    case $word in --claims | --claims=*) after=claims ;; -*) after= ;; esac
+    case $after$word in claims*2*) claim_2=yes ;; esac
+done
+[ "$claim_2" ] || scoring=
 # shellcheck disable=SC2086,SC2154
 find_python $embedded $scoring
 exec "$python" "$here/sweep.py" "$@"

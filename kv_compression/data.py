@@ -222,6 +222,7 @@ def tokenize(
         "split": split,
         "plan": asdict(plan) if plan else None,
         "unit": unit,
+        "numbering": 2,  # the version of `document_numbers`
     }
     return cached_tensors("tokens", key, compute)
 
@@ -229,10 +230,15 @@ def tokenize(
 def document_numbers(texts: Sequence[str]) -> list[int]:
     """The number, from 0, of the document that each row is of.
 
-    Where rows are lines of WikiText an article is a document, and begins at its title line; else a row is one.
+    Where rows are lines of WikiText an article is a document, and begins at its title line; else a row is one. A title
+    stands between blank rows, running text that looks like one does not; where no such row has blank neighbours, the
+    blank rows have been left out and all of them count.
     """
-    titles = [TITLE.fullmatch(text) is not None for text in texts]
-    if any(titles):
+    titles = np.array([TITLE.fullmatch(text) is not None for text in texts])
+    blank = np.array([True, *(not text.strip() for text in texts), True])
+    apart = titles & blank[:-2] & blank[2:]
+    titles = apart if apart.any() else titles
+    if titles.any():
         titles[0] = False  # what stands before the first title is a document, if there is anything
         return np.cumsum(titles).tolist()
     return list(range(len(texts)))

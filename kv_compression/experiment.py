@@ -343,9 +343,11 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
     by_document = settings.isolate_documents or settings.position_ids_by_document
     informed = plan.compress and plan.sampler == "self_information"
 
-    # Where the untouched model is asked first, its vocabulary must not have grown yet.
-    if not informed:
-        cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
+    # Unless sentinels stand in the text the vocabulary grows last: so all methods share one token stream, and the
+    # untouched model can be asked.
+    cl_id = cr_id = -1
+    if method.uses_sentinels and in_text:
+        cl_id, cr_id = add_sentinels(tokenizer, model)
     blocks, information = {}, {}
     for split, texts in rows.items():
         how = (in_text, settings.preprocessing_num_workers, settings.span_unit)
@@ -357,7 +359,7 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
             identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
             asked = (model.to(accelerator.device), identity, blocks[split]["input_ids"])
             information[split] = processes.one_first(cached_self_information, *asked)
-    if informed:
+    if method.uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {
         split: Blocks(

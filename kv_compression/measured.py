@@ -26,6 +26,7 @@ GRID = tuple(tenths / 10 for tenths in range(1, 10))
 PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and what a comparison within each is called
 METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
 
+UNTUNED = "not fine-tuned"
 # Settings that make a variant of a method: what the plain method has, and how another value is told.
 VARIANTS = {
     "sink_tokens": (0, "sinks {}"),
@@ -37,22 +38,23 @@ VARIANTS = {
     "span_sampler": ("random", "{} sampler"),
     "span_unit": ("token", "by {}"),
     "max_span_length": (25, "spans to {}"),
-    "isolate_documents": (False, "documents apart"),
-    "position_ids_by_document": (False, "positions by document"),
-    "eval_only": (False, "not fine-tuned"),
+    "fixed_spans": (False, "spans drawn {}"),
+    "eval_only": (False, UNTUNED),
 }
-# The variants that every method can have: such runs compare with each other only.
-CONTEXT = ("isolate_documents", "position_ids_by_document", "eval_only")
+# Settings of these that a sweep may give to all methods: then they make groups.
+OF_A_SWEEP = {name: VARIANTS[name][0] for name in ("distill_weight", "max_span_length", "fixed_spans")}
+PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
 PLAIN_SINKS = (0, 4)  # sink attention always has sinks: 4 unless told otherwise
 # Settings in which runs of one group may differ. All others make groups. A recipe is a name for other settings.
 OF_A_RUN = {
-    *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "fixed_spans"),
-    *("output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
+    *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "output_dir"),
+    *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
     *VARIANTS,
 }
 OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "compress_generated")
 # Other programs' files that lie beside results, and files of these scripts that are no results.
 NOT_RESULTS = ("*config.json", "*token*.json", "vocab.json", "merges.json", "*.index.json", "*.about.json")
+NOT_RESULTS += ("untrained.json",)  # of a run that goes on
 
 
 class File:
@@ -86,7 +88,6 @@ class Run(File):
     path: str
     content: dict
     variant: str  # "" for the plain method
-    context: str  # what of it any method could have
 
     @property
     def seed(self) -> int:
@@ -117,7 +118,7 @@ class Score(File):
 
 @dataclass
 class Group:
-    """Runs that differ in method, ratio, protocol, seed and variant only."""
+    """Runs that differ in method, ratio, protocol, seed and variant only; `settings` are those of the plain ones."""
 
     settings: dict
     runs: list[Run] = field(default_factory=list)
@@ -149,7 +150,6 @@ class Point:
 
     method: str
     variant: str
-    context: str
     ratio: float
     averaging: str
     runs: dict[int, Run]
@@ -169,14 +169,18 @@ class Point:
         return ", ".join(filter(None, [method, self.variant, self.foreign and "protocol paper"]))
 
     @property
+    def first(self) -> Run:
+        """The run of the first seed."""
+        return next(iter(self.runs.values()))
+
+    @property
     def foreign(self) -> bool:
         """Whether these are runs of `paper` averaged as in `matched`."""
-        first = next(iter(self.runs.values()))
-        return first.has_sentinels and first.protocol != self.averaging
+        return self.first.has_sentinels and self.first.protocol != self.averaging
 
     @property
     def fine_tuned(self) -> bool:
-        return VARIANTS["eval_only"][1] not in self.context
+        return not self.first.content.get("eval_only")
 
     def recorded(self, name: str) -> list[float]:
         """What the runs recorded under `name`, as far as they did."""
@@ -195,6 +199,7 @@ class Found:
     scores: list[list[Score]] = field(default_factory=list)  # comparable ones together
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
+    unscored: list[str] = field(default_factory=list)  # continuations without scores beside them
 
     def summary(self) -> str:
         """What was found, in one line."""
@@ -239,6 +244,8 @@ def collect(folder: Path) -> Found:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
     for name, path in sorted(paths.items()):
         hidden = any(part.startswith(".") for part in name.split("/"))
+        if name.endswith(".about.json") and not hidden and not _scores_of(path).is_file():
+            found.unscored.append(name.removesuffix(".about.json") + ".jsonl")
         if hidden or not path.is_file() or any(fnmatch(path.name, pattern) for pattern in NOT_RESULTS):
             continue
         try:
@@ -252,6 +259,12 @@ def collect(folder: Path) -> Found:
         raise UsageError(f"{folder}: no results of run_clm.py or eval_generation.py below it{hint}")
     _add_scores(found, scores, _add_runs(found, runs), folder)
     return found
+
+
+def _scores_of(about: Path) -> Path:
+    """Where the scores go of the continuations that a file tells about."""
+    stem = about.name.removesuffix(".about.json")
+    return about.with_name("scores.json" if stem == "generation" else f"scores_{stem}.json")
 
 
 def _read(path: Path) -> dict:
@@ -280,17 +293,27 @@ def _read(path: Path) -> dict:
 
 
 def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, Run]]:
-    """Sort runs into groups; returns every run and its group's number by path, duplicates among them."""
-    keys: dict[str, int] = {}
+    """Sort runs into groups; returns every run and its group's number by path, duplicates among them.
+
+    A run of KV compression belongs to the methods that were given the same settings of a sweep. Where there are none,
+    it is a variant beside those with other settings.
+    """
+    given: dict[str, set[str]] = {}
+    for content in contents.values():
+        if content["method"] != KV:
+            given.setdefault(_shared(content), set()).add(_of_its_sweep(content))
+    keys: dict[tuple, int] = {}
     first: dict[tuple, str] = {}
     where = {}
     for path, content in contents.items():
-        # A setting that an older version did not know is as good as one that is off.
-        shared = {name: value for name, value in sorted(content["settings"].items()) if name not in OF_A_RUN and value}
-        group = keys.setdefault(json.dumps(shared), len(keys))
+        shared, own = _shared(content), _of_its_sweep(content)
+        known = given.get(shared) or {PLAIN_SWEEP}
+        sweep = own if own in known else min(known, key=lambda one: (one != PLAIN_SWEEP, one))
+        group = keys.setdefault((shared, sweep), len(keys))
         if group == len(found.groups):
-            found.groups.append(Group(shared))
-        run = Run(path, content, *variant_of(content))
+            settings = json.loads(shared) | json.loads(sweep)
+            found.groups.append(Group({name: value for name, value in sorted(settings.items()) if value}))
+        run = Run(path, content, variant_of(content, json.loads(sweep)))
         where[path] = (group, run)
         same = (group, run.method, run.ratio, run.protocol, run.seed, run.variant)
         if first.setdefault(same, path) == path:
@@ -300,21 +323,33 @@ def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, R
     return where
 
 
-def variant_of(content: dict) -> tuple[str, str]:
-    """How a run differs from the plain method, in words ("" if it does not), and what of that any method can have."""
+def _shared(content: dict) -> str:
+    """The settings that all runs of a group share, as JSON. What an older version did not know was off, or one."""
+    settings = {"num_processes": 1} | content["settings"]
+    return json.dumps({name: value for name, value in sorted(settings.items()) if name not in OF_A_RUN and value})
+
+
+def _of_its_sweep(content: dict) -> str:
+    """A run's settings of `OF_A_SWEEP`, as JSON. The protocol paper draws spans once, whatever the sweep was told."""
+    found = {name: content["settings"].get(name) or plain for name, plain in OF_A_SWEEP.items()}
+    return json.dumps(found | {"fixed_spans": content["protocol"] == "matched" and bool(found["fixed_spans"])})
+
+
+def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
+    """How a run differs from the plain method in words, "" if it does not; `sweep` is what its group was given."""
     method, settings = content["method"], content["settings"] | {"eval_only": bool(content.get("eval_only"))}
-    counts = set(VARIANTS)
+    counts = set(VARIANTS) - ({"fixed_spans"} if content["protocol"] == "paper" else set())
     if method != KV:  # what a setting of spans is does not matter to a method without them
-        counts = {*CONTEXT, "distill_weight"} | ({"sink_tokens"} if method == SINK else set())
-    fixed = method == KV and content["protocol"] == "matched" and settings.get("fixed_spans")
-    words, context = ["spans drawn once"] * bool(fixed), []
+        counts = {"eval_only"} | ({"sink_tokens"} if method == SINK else set())
+    words = []
     for name, (plain, form) in VARIANTS.items():
         value = settings.get(name)
-        unchanged = PLAIN_SINKS if method == SINK and name == "sink_tokens" else (plain,)
+        unchanged = PLAIN_SINKS if method == SINK and name == "sink_tokens" else (sweep.get(name, plain),)
         if name in counts and value is not None and value not in unchanged:
+            if isinstance(value, bool):
+                value = "once" if value else "anew"
             words.append(form.format(f"{value:g}" if isinstance(value, float) else str(value).replace("_", "-")))
-            context += words[-1:] if name in CONTEXT else []
-    return ", ".join(words), ", ".join(context)
+    return ", ".join(words)
 
 
 def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, Run]], folder: Path) -> None:
@@ -359,7 +394,7 @@ def points(group: Group, protocol: str, averaging: str | None = None) -> list[Po
     by_point: dict[tuple, dict[int, Run]] = {}
     for run in sorted(group.runs, key=lambda run: (run.protocol != averaging, run.path)):
         if (run.protocol == protocol or not run.has_sentinels) and run.nll(averaging) is not None:
-            key = (run.method, run.variant, run.context, run.ratio)
+            key = (run.method, run.variant, run.ratio)
             by_point.setdefault(key, {}).setdefault(run.seed, run)
     found = [Point(*key, averaging, dict(sorted(runs.items()))) for key, runs in by_point.items()]
     return sorted(found, key=lambda point: (rank(point.method), point.variant, point.ratio))
@@ -368,6 +403,18 @@ def points(group: Group, protocol: str, averaging: str | None = None) -> list[Po
 def rank(method: str) -> tuple[int, str]:
     """Where a method stands in tables and legends."""
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def variants(found: Iterable[Point]) -> list[Point]:
+    """The fine-tuned variants of KV compression."""
+    return [point for point in found if point.method == KV and point.variant and point.fine_tuned]
+
+
+def number_variants(group: Group) -> dict[tuple[str, str, float], int]:
+    """A number, for tables and plots, for each of a group's `variants`, by protocol, variant and ratio."""
+    found = {protocol: variants(points(group, protocol)) for protocol in ("matched", "paper")}
+    keys = [(protocol, point.variant, point.ratio) for protocol, those in found.items() for point in those]
+    return {key: number for number, key in enumerate(keys, start=1)}
 
 
 def select(found: Iterable[Point], method: str, variant: str = "") -> dict[float, Point]:

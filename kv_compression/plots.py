@@ -6,11 +6,12 @@ Draws points and scores as `report` has them, and the published figures; compare
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kv_compression import published
@@ -29,18 +30,22 @@ _METHODS = {
     "scattered_attention": (GREEN, "^"),
     "sink_attention": (PURPLE, "D"),
 }
-_VARIANT_COLOURS = (ORANGE, BLACK, SKY, GREY)
-_VARIANT_MARKERS = ("v", "X", "*", "p", "<", ">", "h", "d", "8")
+_SINK_MARKERS = ("d", "X", "v", "p")  # sink attention with other numbers of sinks
 PERPLEXITY, ASKED = "test perplexity (log scale)", "compression ratio asked for"
-RATIOS = tuple(tenths / 10 for tenths in range(10))
-SHARES = tuple(tenths / 10 for tenths in range(0, 11, 2))
+RATIOS = {tenths / 10: f"{tenths / 10:g}" for tenths in range(10)}
+SHARES = {tenths / 10: f"{tenths / 10:g}" for tenths in range(0, 11, 2)}
 BEYOND_ALL_PLOTS = 1e30
 BREAK = (math.nan,) * 4  # a point that ends a line, the next one begins another
+NARROW, WIDENED = 1.5, 1.5  # a log axis whose values span less gets so much room on both sides
+NEAR = 16  # pixels; names of points that are no further apart are written as one
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points `(x, y, lowest, highest)`, in order, and how they look; a level is one line across at the first y."""
+    """Points `(x, y, lowest, highest)`, in order, and how they look; a level is one line across at the first y.
+
+    `names` may say for each point what is written beside it.
+    """
 
     label: str
     points: Sequence[tuple[float, float, float, float]]
@@ -50,39 +55,58 @@ class Curve:
     filled: bool = True
     muted: bool = False
     level: bool = False
+    size: float = 6
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes. `x_ticks` are the texts at places; with `rooms` each has room for what stands side by side."""
 
     y_label: str
     curves: Sequence[Curve]
     title: str = ""
     x_label: str = ""
-    x_ticks: Sequence[float] = ()
+    x_ticks: Mapping[float, str] = field(default_factory=dict)
+    rooms: bool = False
     log_x: bool = False
     log_y: bool = True
 
 
-def nominal(curves: Sequence[Sequence], model: str, same_model: bool, path: Path) -> None:
+@dataclass(frozen=True)
+class Picture:
+    """Panels, side by side or `stacked`, above one legend that `note` heads."""
+
+    panels: Sequence[Panel]
+    note: str = ""
+    share_y: bool = False
+    stacked: bool = False
+
+    @property
+    def worth_drawing(self) -> bool:
+        """Whether anything that was measured here has two points that can be drawn."""
+        own = [c for panel in self.panels for c in _drawable(panel).curves if not c.muted and not c.level]
+        return any(sum(point is not BREAK for point in curve.points) > 1 for curve in own)
+
+
+def nominal(curves: Sequence[Sequence], model: str, same_model: bool) -> Picture:
     """Test perplexity against the ratio asked for, the published figures beside ours."""
     ours = [curve_of(curve, lambda point: point.ratio) for curve in curves]
     panels = [
         Panel(PERPLEXITY, ours, f"ours: {model[:40]}", ASKED, RATIOS),
         Panel(PERPLEXITY, _published(published.perplexities), "published: RedPajama-3B on WikiText-2", ASKED, RATIOS),
     ]
-    draw(path, panels, _bars(ours), share_y=same_model)
+    return Picture(panels, _bars(ours), share_y=same_model)
 
 
-def shape(curves: Sequence[Sequence], full: float, path: Path) -> None:
+def shape(curves: Sequence[Sequence], full: float) -> Picture:
     """Perplexity as a multiple of the same source's of full attention, which is `full` for ours."""
     ours = [curve_of(curve, lambda point: point.ratio, full) for curve in curves]
     drawn = [*ours, *_published(published.above_full)]
-    draw(path, [Panel("test perplexity ÷ full attention's\n(log scale)", drawn, "", ASKED, RATIOS)], _bars(ours))
+    return Picture([Panel("test perplexity ÷ full attention's\n(log scale)", drawn, "", ASKED, RATIOS)], _bars(ours))
 
 
-def measured(curves: Sequence[Sequence], path: Path) -> None:
+def measured(curves: Sequence[Sequence]) -> Picture:
     """Test perplexity against the removed and against the attended share."""
     removed, attended = (
         [curve_of(curve, lambda point, name=name: point.mean(name)) for curve in curves]
@@ -92,42 +116,92 @@ def measured(curves: Sequence[Sequence], path: Path) -> None:
         Panel(PERPLEXITY, removed, "", "share of cache entries removed\nat a block's end", SHARES),
         Panel("", attended, "", "share of earlier keys attended to,\nmean over pairs of text tokens", SHARES),
     ]
-    draw(path, panels, _bars(removed), share_y=True)
+    return Picture(panels, _bars(removed), share_y=True)
 
 
-def kept_keys(curves: Sequence[Sequence], variants: Sequence[Sequence], path: Path) -> None:
-    """Test perplexity against the mean number of kept keys; variants are hollow marks."""
-    drawn = [curve_of(curve, lambda point: point.mean("kept_keys_mean")) for curve in [*curves, *variants]]
-    for number in range(len(variants)):
-        look = {
-            "colour": _VARIANT_COLOURS[number % len(_VARIANT_COLOURS)],
-            "marker": _VARIANT_MARKERS[number % len(_VARIANT_MARKERS)],
-        }
-        place = len(curves) + number
-        drawn[place] = replace(drawn[place], **look, line=":", filled=False, level=False)
+def kept_keys(curves: Sequence[Sequence], variants: Sequence[tuple]) -> Picture:
+    """Test perplexity against the mean number of kept keys.
+
+    `variants` of KV compression come with their numbers. They are small marks, but for those that no other beats in
+    both: these are numbered.
+    """
+
+    def kept(point) -> float | None:
+        return point.mean("kept_keys_mean")
+
+    drawn, looks = [], iter(_SINK_MARKERS)
+    several = any(curve[0].variant for curve in curves)
+    for curve in curves:
+        one = curve_of(curve, kept, broken=False)
+        if several and curve[0].method == "sink_attention" and not curve[0].variant:
+            one = replace(one, label=f"{one.label}, sinks 4")
+        elif curve[0].variant:
+            one = replace(one, marker=next(looks, "o"), line="--", filled=False)
+        drawn.append(one)
+    marks = [curve_of([point], kept) for point, _ in variants]
+    marks = [(mark.points[0], str(number)) for mark, (_, number) in zip(marks, variants) if mark.points]
+    best = front(marks)
+    rest = [point for point, name in marks if (point, name) not in best]
+    drawn.append(Curve("variants of KV compression", rest, GREY, "o", "", size=3.5))
+    points, names = [point for point, _ in best], [name for _, name in best]
+    drawn.append(Curve("best variants, by number in the table", points, ORANGE, "*", "", size=9, names=names))
     words = "keys held while a token is read, a span still being read in full,\nmean over tokens (log scale)"
-    draw(path, [Panel(PERPLEXITY, drawn, "", words, log_x=True)], _bars(drawn))
+    return Picture([Panel(PERPLEXITY, drawn, "", words, log_x=True)], _bars(drawn))
 
 
-def scores(found: Sequence, path: Path) -> None:
-    """Claim 2's three scores against the ratio asked for; seeds are points of their own."""
+def front(marks: Sequence[tuple]) -> list[tuple]:
+    """Of marks `((x, y, …), name)` those that no other is left of and below, from left to right."""
+    found = []
+    for mark in sorted(marks, key=lambda mark: mark[0][:2]):
+        if not found or mark[0][1] < found[-1][0][1]:
+            found.append(mark)
+    return found
+
+
+def scores(found: Sequence) -> Picture:
+    """Claim 2's three scores against the ratio asked for: at each ratio methods, and their seeds, side by side."""
+    kinds: dict[tuple[str, bool], list] = {}
+    for score in found:
+        kinds.setdefault((score.method, score.has_sentinels and score.protocol == "paper"), []).append(score)
+    full = kinds.pop((published.FULL, False), [])
+    ratios = sorted({score.ratio for those in kinds.values() for score in those})
+    columns = {
+        kind: max(sum(score.ratio == ratio for score in those) for ratio in ratios) for kind, those in kinds.items()
+    }
+    gap = 0.7 * any(count > 1 for count in columns.values())  # between methods
+    total = max(sum(columns.values()), 1) + gap * (len(kinds) - 1)
+    step = min(0.84 / total, 0.12)
+    ticks = {place: f"{ratio:g}" for place, ratio in enumerate(ratios)}
+    size = 6 if step * WIDTH / max(len(ratios), 1) > 0.1 else 3.5
     panels = []
     for metric, words in (("rouge_l", "ROUGE-L F1"), ("bertscore", "BERTScore F1"), ("perplexity", "perplexity")):
-        points: dict[tuple[str, bool], list[tuple]] = {}
-        for score in found:
-            values = [score.content[metric].get(name) for name in ("mean", "low", "high")]
-            if all(isinstance(value, int | float) for value in values):
-                hollow = score.has_sentinels and score.protocol == "paper"
-                points.setdefault((score.method, hollow), []).append((score.ratio, *values))
         curves = []
-        for place, ((method, hollow), these) in enumerate(points.items()):
-            aside = 0.016 * (place - (len(points) - 1) / 2)  # else one method's bar would hide another's
-            these = [(ratio + aside, *values) for ratio, *values in these]
+        values = [value for score in full if (value := _estimate(score, metric))]
+        if values:
+            level = (0.0, *(statistics.fmean(column) for column in zip(*values)))
+            curves.append(_of_method(published.FULL, label(published.FULL), [level]))
+        column = 0
+        for (method, hollow), those in kinds.items():
+            points = []
+            for place, ratio in enumerate(ratios):
+                there = [value for score in those if score.ratio == ratio and (value := _estimate(score, metric))]
+                first = column + (columns[method, hollow] - len(there)) / 2
+                points += [
+                    (place + step * (first + number + (1 - total) / 2), *value) for number, value in enumerate(there)
+                ]
+            column += columns[method, hollow] + gap
             name = label(method) + ", protocol paper" * hollow
-            curves.append(_of_method(method, name, these, "", filled=not hollow))
+            curves.append(_of_method(method, name, points, "", filled=not hollow, size=size))
         log_y = metric == "perplexity"
-        panels.append(Panel(words + " (log scale)" * log_y, curves, "", ASKED, RATIOS[1::2], log_y=log_y))
-    draw(path, panels, "bars: 95% bootstrap interval over documents; methods at one ratio stand side by side")
+        panels.append(Panel(words + "\n(log scale)" * log_y, curves, x_ticks=ticks, rooms=True, log_y=log_y))
+    panels[-1] = replace(panels[-1], x_label=ASKED)
+    return Picture(panels, "bars: 95% bootstrap interval over documents, a bar a seed", stacked=True)
+
+
+def _estimate(score, metric: str) -> tuple[float, float, float] | None:
+    """A score's mean and interval, None if it lacks one of them."""
+    values = tuple(score.content[metric].get(name) for name in ("mean", "low", "high"))
+    return values if all(isinstance(value, int | float) for value in values) else None
 
 
 def label(method: str) -> str:
@@ -135,12 +209,12 @@ def label(method: str) -> str:
     return method.replace("kv_", "KV ").replace("_", " ")
 
 
-def curve_of(points: Iterable, x: Callable, unit: float = 1.0) -> Curve:
-    """Points of one method: mean and range over seeds ÷ `unit`, the line broken where the grid was not measured."""
+def curve_of(points: Iterable, x: Callable, unit: float = 1.0, broken: bool = True) -> Curve:
+    """Points of one method: mean and range over seeds ÷ `unit`, the line `broken` where the grid was not measured."""
     drawn, last = [], None
     points = [point for point in points if x(point) is not None]
     for point in points:
-        if last is not None and point.ratio - last > 0.1 + 1e-9:
+        if broken and last is not None and point.ratio - last > 0.1 + 1e-9:
             drawn.append(BREAK)
         seeds = [value / unit for value in point.perplexities]
         drawn.append((x(point), statistics.fmean(seeds), min(seeds), max(seeds)))
@@ -173,19 +247,19 @@ def _bars(curves: Iterable[Curve]) -> str:
     return "bars: lowest to highest seed" if several else ""
 
 
-def draw(path: Path, panels: Sequence[Panel], note: str = "", share_y: bool = False) -> None:
-    """Write the panels, side by side above one legend, as a PNG. RunError if the disk refuses.
-
-    `note` heads the legend. Equal labels in several panels are one entry.
-    """
-    labels = {curve.label for panel in panels for curve in panel.curves if curve.label}
+def draw(path: Path, picture: Picture) -> None:
+    """Write a picture as a PNG. RunError if the disk refuses. Equal labels in several panels are one entry."""
+    panels = [_drawable(panel) for panel in picture.panels]
+    labels = {curve.label for panel in panels for curve in panel.curves if curve.label and curve.points}
     longest = max(map(len, labels), default=0)
-    columns = 3 if longest < 40 else 2 if longest < 68 else 1
-    rows = -(-len(labels) // columns) + bool(note)
-    figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * rows), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=share_y)[0]
+    columns = 3 if longest < 40 else 2
+    rows = -(-len(labels) // columns) + bool(picture.note)
+    height = 2.2 * len(panels) if picture.stacked else HEIGHT
+    figure = Figure(figsize=(WIDTH, height + LEGEND_ROW * rows), dpi=DPI, layout="constrained")
+    grid = (len(panels), 1) if picture.stacked else (1, len(panels))
+    all_axes = figure.subplots(*grid, squeeze=False, sharey=picture.share_y, sharex=picture.stacked).flatten()
     for axes, panel in zip(all_axes, panels):
-        _draw_panel(axes, _drawable(panel))
+        _draw_panel(axes, panel)
     entries = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -197,7 +271,7 @@ def draw(path: Path, panels: Sequence[Panel], note: str = "", share_y: bool = Fa
             loc="outside lower center",
             ncols=columns,
             fontsize=8.5,
-            title=note or None,
+            title=picture.note or None,
             title_fontsize=8.5,
             frameon=False,
             handlelength=2.8,
@@ -212,18 +286,23 @@ def _drawable(panel: Panel) -> Panel:
         in_range = all(abs(value) < BEYOND_ALL_PLOTS for value in point)
         return in_range and not (panel.log_x and point[0] <= 0) and not (panel.log_y and min(point[1:]) <= 0)
 
-    curves = [
-        replace(curve, points=[point for point in curve.points if point is BREAK or can_be_drawn(point)])
-        for curve in panel.curves
-    ]
+    curves = []
+    for curve in panel.curves:
+        kept = [place for place, point in enumerate(curve.points) if point is BREAK or can_be_drawn(point)]
+        names = [curve.names[place] for place in kept] if curve.names else ()
+        curves.append(replace(curve, points=[curve.points[place] for place in kept], names=names))
     return replace(panel, curves=curves)
 
 
 def _draw_panel(axes, panel: Panel) -> None:
     if panel.x_ticks:
-        axes.set_xticks(panel.x_ticks)
+        axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
         x = [point[0] for curve in panel.curves for point in curve.points if point is not BREAK and not curve.level]
         axes.set_xlim(min(*x, *panel.x_ticks) - 0.05, max(*x, *panel.x_ticks) + 0.05)
+    if panel.rooms:
+        axes.set_xlim(min(panel.x_ticks) - 0.5, max(panel.x_ticks) + 0.5)
+        for place in list(panel.x_ticks)[1:]:
+            axes.axvline(place - 0.5, color=GREY, alpha=0.3, linewidth=0.6)
     if panel.log_x:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis, [point[0] for curve in panel.curves for point in curve.points if not curve.level])
@@ -231,12 +310,14 @@ def _draw_panel(axes, panel: Panel) -> None:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, [point[1] for curve in panel.curves for point in curve.points])
     for curve in panel.curves:
+        if not curve.points:
+            continue
         alpha = 0.55 if curve.muted else 1.0
         if curve.level:
-            for _, y, *_ in curve.points[:1]:
-                axes.axhline(y, color=curve.colour, linestyle="-.", linewidth=1.2, alpha=alpha, label=curve.label)
+            y = curve.points[0][1]
+            axes.axhline(y, color=curve.colour, linestyle="-.", linewidth=1.2, alpha=alpha, label=curve.label)
             continue
-        x, y, low, high = zip(*curve.points) if curve.points else ((), (), (), ())
+        x, y, low, high = zip(*curve.points)
         spread = any(below < value or value < above for value, below, above in zip(y, low, high))
         axes.errorbar(
             x,
@@ -250,21 +331,44 @@ def _draw_panel(axes, panel: Panel) -> None:
             linestyle=curve.line,
             linewidth=1.2 if curve.muted or not curve.filled else 1.6,
             marker=curve.marker,
-            markersize=3.5 if curve.muted else 6,
+            markersize=3.5 if curve.muted else curve.size,
             markerfacecolor=curve.colour if curve.filled else "white",
             capsize=3,
+            zorder=2 if curve.muted else 2.5,
         )
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.set_title(panel.title, fontsize=10)
-    axes.grid(True, which="major", alpha=0.3, linewidth=0.6)
+    axes.grid(True, which="major", axis="y" if panel.rooms else "both", alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    for curve in panel.curves:
+        _write_names(axes, curve)
+
+
+def _write_names(axes, curve: Curve) -> None:
+    """Write a curve's names left of and below its points; those of points that lie together, beside each other."""
+    written: list[tuple] = []
+    for name, (x, y, *_) in zip(curve.names, curve.points):
+        place = axes.transData.transform((x, y))
+        together = next((names for other, _, names in written if abs(place - other).max() < NEAR), None)
+        if together is None:
+            written.append((place, (x, y), [name]))
+        else:
+            together.append(name)
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    style = {"ha": "right", "va": "top", "fontsize": 8, "path_effects": halo}
+    for _, point, names in written:
+        axes.annotate(", ".join(names), point, xytext=(-2.5, -2.5), textcoords="offset points", **style)
 
 
 def _plain_ticks(axis, values: Sequence[float]) -> None:
-    """Plain numbers on a logarithmic axis, closer together where it spans little."""
+    """Plain numbers on a logarithmic axis, closer together where it spans little; never so little that they overlap."""
     positive = [value for value in values if value > 0]
-    span = max(positive) / min(positive) if positive else 1
+    least, most = (min(positive), max(positive)) if positive else (1, 1)
+    if most / least < NARROW:
+        least, most = least / WIDENED, most * WIDENED
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(least, most)
+    span = most / least
     halves = [half / 2 for half in range(2, 20)]
     steps = halves if span < 2 else range(1, 10) if span < 4 else (1, 2, 3, 5, 7) if span < 12 else (1, 2, 5)
     if span > 1e4:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from kv_compression.visibility import METHODS, Rule
 SCRIPTS = Path(__file__).resolve().parent.parent
 FULL = Rule.name  # full attention, the baseline
 POLL = 5.0  # seconds between looks at what other workers do
-GRACE = 10.0  # seconds for a command to go when it is told to
+GRACE = 90.0  # seconds for a command to go when it is told to: a run finishes its step and writes a checkpoint
 
 
 class Run(NamedTuple):
@@ -281,8 +282,11 @@ def _carry_out(job: Job, claim: Claim, failed: dict[str, str]) -> None:
 
 
 def _call(command: list[str], claim: Claim) -> int:
-    """The exit status of a command; the claim is kept while it runs, and it does not outlive this worker."""
-    child = subprocess.Popen(command, preexec_fn=END_WITH_PARENT)
+    """The exit status of a command; the claim is kept while it runs, and it does not outlive this worker.
+
+    It is in a process group of its own, so that of a Ctrl-C it hears once, from this worker.
+    """
+    child = subprocess.Popen(command, process_group=0, preexec_fn=END_WITH_PARENT)
     try:
         while True:
             try:
@@ -293,6 +297,8 @@ def _call(command: list[str], claim: Claim) -> int:
         if child.poll() is None:
             child.terminate()
             try:
-                child.wait(timeout=GRACE)
-            finally:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=GRACE)
+            finally:  # whoever interrupts again does not want to wait
                 child.kill()
+                child.wait()

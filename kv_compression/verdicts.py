@@ -16,21 +16,25 @@ from kv_compression.measured import (
     METRICS,
     PROTOCOLS,
     SINK,
-    VARIANTS,
+    UNTUNED,
     Group,
     Point,
     Score,
     mean,
     number,
+    number_variants,
     perplexity,
     points,
     select,
     spread,
+    variants,
 )
 from kv_compression.plots import label
 
 ABOUT_AS_LOW = 1.05  # "about as low as, or lower" is read as: at most this times the baseline's perplexity
 SIGNIFICANT = 0.05
+# What this project aims at with its variants, by the share truly removed: `beyond` says of what, as shares.
+AIMS = {0.5: {"sink": 1.0, "best_sink": 1.0, "full": 1.15}, 0.9: {"gap": 0.5, "sink": 0.75, "best_sink": 0.75}}
 # Student's t at 97.5% by degrees of freedom. Beyond the table its last entry, a little too wide, is used.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -57,8 +61,11 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Whether the claim holds, and whether the interval leaves it open."""
-        threshold, (low, high) = math.log(ABOUT_AS_LOW), self.interval
-        word = "holds" if self.mean <= threshold else "fails"
+        return self.at_most(math.log(ABOUT_AS_LOW), ("holds", "fails"))
+
+    def at_most(self, threshold: float, words: tuple[str, str]) -> str:
+        """The first word if this is at most `threshold`, else the second; and whether the interval leaves it open."""
+        word, (low, high) = words[self.mean > threshold], self.interval
         return f"{word}, uncertain" if low is not None and low <= threshold < high else word
 
 
@@ -96,24 +103,54 @@ def at_kept_keys(curve: Iterable[Point], kept: float) -> dict[int, Between]:
     return found
 
 
+@dataclass(frozen=True)
+class Sinks:
+    """Sink attention at as many kept keys on average as a point of KV compression."""
+
+    variant: str
+    between: dict[int, Between]
+    difference: Difference  # of the point to it
+
+
+def sinks_beside(found: Sequence[Point], point: Point) -> dict[str, Sinks]:
+    """Sink attention with each number of sinks, by variant, as far as its runs reach around the point's kept keys."""
+    kept = point.mean("kept_keys_mean")
+    curves: dict[str, list[Point]] = {}
+    for other in found if point.method == KV and kept is not None else ():
+        if other.method == SINK and other.fine_tuned == point.fine_tuned:
+            curves.setdefault(other.variant, []).append(other)
+    beside = {}
+    for variant, curve in curves.items():
+        between = at_kept_keys(curve, kept)
+        against = difference(point.nlls, {seed: one.nll for seed, one in between.items()})
+        if against:
+            beside[variant] = Sinks(variant, between, against)
+    return beside
+
+
+def best_of(sinks: Iterable[Sinks]) -> Sinks | None:
+    """Those that the point of KV compression compares worst with."""
+    return max(sinks, key=lambda one: one.difference.mean, default=None)
+
+
 def describe(group: Group, protocol: str) -> list[dict]:
     """A row a point: its means over seeds, and how it stands to full attention and to sinks of equal kept keys."""
-    found = points(group, protocol)
+    found, numbers = points(group, protocol), number_variants(group)
     rows = []
     for point in found:
-        full = select(found, FULL, point.context).get(0.0)
+        alike = "" if point.fine_tuned else UNTUNED
+        full = select(found, FULL, alike).get(0.0)
         above = difference(point.nlls, full.nlls) if full else None
-        kept = point.mean("kept_keys_mean")
-        sinks = select(found, SINK, point.context).values() if point.method == KV and kept is not None else ()
-        at_sinks = at_kept_keys(sinks, kept)
-        against = difference(point.nlls, {seed: sink.nll for seed, sink in at_sinks.items()})
+        beside = sinks_beside(found, point)
+        sinks, best = beside.get(alike), best_of(beside.values())
         untrained = [run.nll(protocol, "untrained") for run in point.runs.values()]
-        never = select(found, point.method, ", ".join(filter(None, [point.variant, VARIANTS["eval_only"][1]])))
+        never = select(found, point.method, ", ".join(filter(None, [point.variant, UNTUNED])))
         if not any(untrained) and point.ratio in never:
             untrained = never[point.ratio].nlls.values()
         rows.append(
             {
                 "protocol": protocol,
+                "number": numbers.get((protocol, point.variant, point.ratio)) if point.method == KV else None,
                 "method": point.method,
                 "variant": point.variant,
                 "ratio": point.ratio,
@@ -121,14 +158,17 @@ def describe(group: Group, protocol: str) -> list[dict]:
                 "seeds": len(point.runs),
                 "removed_fraction": point.mean("removed_fraction"),
                 "attended_fraction": point.mean("attended_fraction"),
-                "kept_keys_mean": kept,
+                "kept_keys_mean": point.mean("kept_keys_mean"),
                 "kept_keys_max": max(point.recorded("kept_keys_max"), default=None),
                 "perplexity": mean(point.perplexities),
                 "perplexity_spread": spread(point.perplexities),
                 "nats_above_full": above.mean if above else None,
                 "untrained_perplexity": mean(perplexity(nll) for nll in untrained if nll is not None),
-                **_interpolated("sink", point, at_sinks),
-                "difference_to_sink": against.mean if against else None,
+                **_interpolated("sink", point, sinks.between if sinks else {}),
+                "difference_to_sink": sinks.difference.mean if sinks else None,
+                "best_sink_variant": best.variant if best else None,
+                **_interpolated("best_sink", point, best.between if best else {}),
+                "difference_to_best_sink": best.difference.mean if best else None,
             }
         )
     return rows
@@ -199,6 +239,70 @@ def _judge(comparison: str, baseline: str, kv: Point, others: dict[int, float], 
     ]
 
 
+def beyond(group: Group) -> list[dict]:
+    """What the variants of KV compression come to in the protocol matched, a row a question.
+
+    At every ratio with variants two are asked about, if they are two: the one of lowest perplexity, and the one that
+    compares best with the best sink attention at equal kept keys. The questions: "gap", nats above full attention ÷ the
+    plain method's; "sink" and "best_sink", perplexity ÷ sink attention's at equal kept keys, with 4 sinks and with as
+    many as are best; "full", perplexity ÷ full attention's. What was not measured has no figures.
+    """
+    found, numbers = points(group, "matched"), number_variants(group)
+    rows = []
+    for ratio in sorted({point.ratio for point in variants(found)}):
+        own = [point for point in variants(found) if point.ratio == ratio]
+        beside = {point.variant: sinks_beside(found, point) for point in own}
+        chosen = {"lowest perplexity": min(own, key=lambda point: mean(point.nlls.values()))}
+        compared = [point for point in own if beside[point.variant]]
+        if compared:
+            best = min(compared, key=lambda point: best_of(beside[point.variant].values()).difference.mean)
+            if best not in chosen.values():
+                chosen["best against sink attention"] = best
+        for choice, point in chosen.items():
+            about = {"ratio": ratio, "variants": len(own), "choice": choice, "variant": point.variant}
+            about |= {"number": numbers["matched", point.variant, ratio], "perplexity": mean(point.perplexities)}
+            about |= {"kept_keys": point.mean("kept_keys_mean"), "removed": point.mean("removed_fraction")}
+            for question, answer in _answers(found, point, beside[point.variant]).items():
+                rows.append(about | {"question": question, "aim": AIMS.get(ratio, {}).get(question)} | answer)
+    return rows
+
+
+def _answers(found: Sequence[Point], point: Point, beside: dict[str, Sinks]) -> dict[str, dict]:
+    """The figures on each question of `beyond`."""
+    aims = AIMS.get(point.ratio, {})
+    full, plain = select(found, FULL).get(0.0), select(found, KV).get(point.ratio)
+    answers = {"gap": _gap(point, plain, full, aims.get("gap"))}
+    for question, sinks in (("sink", beside.get("")), ("best_sink", best_of(beside.values()))):
+        answer = _share(sinks and sinks.difference, aims.get(question))
+        answers[question] = answer | _interpolated("other", point, sinks.between if sinks else {})
+        answers[question]["other"] = sinks.variant if sinks else None
+    answer = _share(difference(point.nlls, full.nlls) if full else None, aims.get("full"))
+    answers["full"] = answer | {"other_perplexity": mean(full.perplexities) if full else None}
+    return answers
+
+
+MET = ("met", "not met")
+
+
+def _share(measured: Difference | None, aim: float | None) -> dict:
+    """Perplexity as a share of another's, and whether it is as small as is aimed at."""
+    if measured is None:
+        return {"value": None, "verdict": "not measured"}
+    return {"value": perplexity(measured.mean), "verdict": measured.at_most(math.log(aim), MET) if aim else "no aim"}
+
+
+def _gap(point: Point, plain: Point | None, full: Point | None, aim: float | None) -> dict:
+    """Nats above full attention as a share of the plain method's, over the seeds that all three have."""
+    seeds = [seed for seed in point.nlls if plain and full and seed in plain.nlls and seed in full.nlls]
+    if not seeds:
+        return {"value": None, "verdict": "not measured"}
+    own, theirs = ([which.nlls[seed] - full.nlls[seed] for seed in seeds] for which in (point, plain))
+    answer = {"nats": statistics.fmean(own), "plain_nats": statistics.fmean(theirs)}
+    answer["value"] = answer["nats"] / answer["plain_nats"] if answer["plain_nats"] > 0 else None
+    left = Difference(tuple(one - (aim or 0) * other for one, other in zip(own, theirs)))
+    return answer | {"verdict": left.at_most(0, MET) if aim else "no aim"}
+
+
 def judge_claim_2(scores: Sequence[Score], protocol: str) -> list[dict]:
     """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
     from kv_compression.scoring import bootstrap, paired_p_value
@@ -263,16 +367,37 @@ def missing(group: Group) -> list[str]:
         protocol: {(p.method, p.ratio, seed) for p in points(group, protocol) if not p.variant for seed in p.runs}
         for protocol in group.protocols
     }
+    return _lacking(have, group.seeds)
+
+
+def missing_scores(scores: Sequence[Score]) -> list[str]:
+    """As `missing`, of continuations that were generated and scored."""
+    seeds = sorted({score.seed for score in scores}, key=lambda seed: -1 if seed is None else seed)
+    protocols = [name for name in PROTOCOLS if any(score.protocol == name for score in scores)]
+    have = {
+        protocol: {
+            (method, ratio, seed)
+            for method in METHODS
+            for ratio in (0.0, *GRID)
+            for seed in _of_protocol(scores, method, ratio, protocol)
+        }
+        for protocol in protocols
+    }
+    return _lacking(have, seeds)
+
+
+def _lacking(have: dict[str, set[tuple]], seeds: Sequence[int | None]) -> list[str]:
+    """What of the grid is not among the (method, ratio, seed) that each protocol has."""
     lines = []
     for method in METHODS:
         wanted = (0.0,) if method == FULL else GRID
-        for seed in group.seeds:
+        for seed in seeds:
             lacking: dict[str, list[str]] = {}
             for protocol, found in have.items():
                 ratios = told(ratio for ratio in wanted if (method, ratio, seed) not in found)
                 lacking.setdefault(ratios, []).append(protocol)
             lines += [
-                f"{label(method)}, {' and '.join(protocols)}, seed {seed}: {ratios}"
+                f"{label(method)}, {' and '.join(protocols)}, seed {'-' if seed is None else seed}: {ratios}"
                 for ratios, protocols in lacking.items()
                 if ratios
             ]

@@ -184,7 +184,9 @@ def scattered_attention(kept: Tensor) -> MaskMod:
 def sink_attention(length: int, ratio: float, sink_tokens: int = SINKS, device=None) -> MaskMod:
     """A query q sees its first min(sink_tokens, kept) keys and its most recent, kept = ⌈(1 − ratio)(q + 1)⌉ in all.
 
-    Where so few are kept that all of them are sinks, a query does not even see itself. Drawn for ratio 0.5 and 2 sinks:
+    The product is taken in double precision, as for local attention: 1 − 0.7 is a little more than 0.3 there, and one
+    more key is kept where the exact product is whole. Where so few are kept that all of them are sinks, a query does
+    not even see itself. Drawn for ratio 0.5 and 2 sinks:
 
             a b c d e f g
         a   1
@@ -549,7 +551,7 @@ class LocalAttention(Rule):
         return True
 
     def keeps(self, held: Held, text_read: Tensor) -> Tensor:
-        return self._first(text_read[:, None] - 1) <= held.positions
+        return self._first(text_read[:, None]) <= held.positions
 
     def _first(self, positions: Tensor) -> Tensor:
         """The first position that a query sees; in double precision, which not every device has."""

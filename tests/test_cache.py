@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.errors import RunError
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
+from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention, measure
 from tests import slow_rules
 from tests.layouts import CL, CR, blocks, variants
 from tests.models import random_model
@@ -165,6 +165,22 @@ def test_memory_is_freed_in_proportion():
     assert len({size / length for length, size in sizes.items()}) == 1
 
 
+@rules
+def test_a_cache_holds_as_many_keys_as_are_counted_on_the_mask(rule):
+    """Token by token, what is held while a text token is read: its own key and those that were kept before it."""
+    model = MODELS["gpt_neox", torch.float32]
+    for seed in range(3):
+        ids = torch.tensor([span_layout(60, seed, rule.cr_tokens) + [7] * 20])  # what waits can leave before the end
+        cache, held = SentinelCache(rule=rule), []
+        with compressed_attention(model, rule=rule), torch.no_grad():
+            for token, is_text in zip(ids.T, rule.text(ids)[0]):
+                if is_text:
+                    held.append(cache.length + 1)
+                model(token[None], past_key_values=cache)
+        cost = measure(rule, ids)
+        assert (cost.kept_keys_mean, cost.most_kept) == (sum(held) / len(held), max(held))
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9])
 def test_local_attention_holds_the_window_at_every_step(ratio):
     model, rule = MODELS["gpt_neox", torch.float32], LocalAttention(ratio=ratio)
@@ -172,7 +188,7 @@ def test_local_attention_holds_the_window_at_every_step(ratio):
     with compressed_attention(model, rule=rule), torch.no_grad():
         for step in range(40):
             model(torch.tensor([[5]]), past_key_values=cache)
-            assert cache.positions[0].tolist() == list(range(int(step * ratio), step + 1))
+            assert cache.positions[0].tolist() == list(range(int((step + 1) * ratio), step + 1))
 
 
 def test_peak_memory_of_chunked_prefill_follows_the_compressed_length():

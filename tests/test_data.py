@@ -173,6 +173,13 @@ def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
     assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
 
 
+def test_a_title_stands_between_blank_rows():
+    rows = [" = Anaximander = \n", "", " The step is \n", " = 1 rad / s = \n", " in all . \n", "\n", " = X = \n"]
+    assert data.document_numbers(rows) == [0, 0, 0, 0, 0, 0, 1]
+    assert data.document_numbers(["", " = X = \n", "", " Y . \n", " = Z = \n"]) == [0, 1, 1, 1, 1]
+    assert data.document_numbers([row for row in rows if row.strip()]) == [0, 0, 1, 1, 2]  # no blank row to tell
+
+
 def test_every_token_knows_its_document(tokenizer):
     stream = data.tokenize(rows_of(WIKITEXT), tokenizer, "train", None, None)
     text = {number: "" for number in range(3)}

@@ -13,92 +13,13 @@ import pytest
 
 from kv_compression import measured, published, report, verdicts
 from kv_compression.errors import UsageError
+from tests.made_results import grid, group_of, results, scores, write
 
 ROOT = Path(__file__).parent.parent
-BASELINES = ("local_attention", "scattered_attention", "sink_attention")
-# Nats above full attention, at a ratio: so that every method has a shape of its own.
-SLOPES = {"full_attention": 0, "kv_compression": 1, "local_attention": 1.5, "scattered_attention": 2.5}
-
-
-def results(method="kv_compression", ratio=0.5, protocol="matched", seed=0, nll=None, kept=None, **settings) -> dict:
-    """What a results.json holds; `settings` beyond those of every run here make variants or groups."""
-    nll = 3 + SLOPES.get(method, 1.2) * ratio + 0.01 * seed if nll is None else nll
-    return {
-        "method": method,
-        "bound_ratio": ratio,
-        "protocol": protocol,
-        "preset": "embedded",
-        "seed": seed,
-        "eval_only": settings.get("eval_only", False),
-        "perplexity": math.exp(nll),
-        "nll": nll,
-        "nll_per_token": nll,
-        "nll_per_batch": nll + 0.001,
-        "removed_fraction": ratio,
-        "attended_fraction": 1 - ratio,
-        "kept_keys_mean": 128 * (1 - ratio) if kept is None else kept,
-        "kept_keys_max": 256,
-        "untrained": {"nll_per_token": nll + 1, "nll_per_batch": nll + 1},
-        "settings": {
-            "model_name_or_path": "a/tiny",
-            "test_file": "test.txt sha256:0",
-            "learning_rate": 1e-3,
-            **settings,
-        },
-    }
-
-
-def scores(method, ratio=0.5, better=0.0, count=20, **changes) -> dict:
-    """What a scores.json holds: documents whose scores are all `better` than another file's, but for noise."""
-    noise = np.random.default_rng(len(method)).normal(0, 0.01, count)
-    documents = {
-        str(index): {"rouge_l": 0.2 + better + e, "bertscore": 0.5 + better + e, "perplexity": 50 - 100 * better + e}
-        for index, e in enumerate(noise)
-    }
-    means = {name: float(np.mean([found[name] for found in documents.values()])) for name in documents["0"]}
-    return {
-        "method": method,
-        "bound_ratio": ratio,
-        "protocol": "matched",
-        "preset": "embedded",
-        "documents_sha256": "d0c5",
-        "bertscore_model": "encoder",
-        "fluency_model": "model",
-        "cache_fraction": 1 - ratio,
-        **{name: {"mean": value, "low": value - 0.01, "high": value + 0.01} for name, value in means.items()},
-        "documents": documents,
-        **changes,
-    }
-
-
-def write(folder: Path, *contents: dict) -> Path:
-    """A folder for each of the contents, named so that they sort as given."""
-    for number, content in enumerate(contents):
-        name = "results.json" if "settings" in content else "scores.json"
-        path = folder / f"{number:03}" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    return folder
-
-
-def group_of(folder: Path, *contents: dict) -> measured.Group:
-    (group,) = measured.collect(write(folder, *contents)).groups
-    return group
 
 
 def text_of(folder: Path, *contents: dict) -> str:
     return "\n".join(report.build(measured.collect(write(folder, *contents))).lines)
-
-
-def grid(
-    methods=("kv_compression", *BASELINES), ratios=measured.GRID, seeds=(0,), protocols=("matched",)
-) -> list[dict]:
-    """A sweep; methods without sentinels run once, under the last protocol."""
-    runs = [results("full_attention", 0.0, protocols[-1], seed) for seed in seeds]
-    for method in methods:
-        for protocol in protocols if method == "kv_compression" else protocols[-1:]:
-            runs += [results(method, ratio, protocol, seed) for ratio in ratios for seed in seeds]
-    return runs
 
 
 def test_runs_are_grouped_by_what_must_be_equal(tmp_path):
@@ -110,7 +31,8 @@ def test_runs_are_grouped_by_what_must_be_equal(tmp_path):
     assert groups[1].settings["learning_rate"] == 1.0
     text = text_of(tmp_path)
     assert "Claim 1, group 2: tiny on test.txt" in text
-    assert "report_2_measured.png" in text
+    assert "report_1_measured.png" in text
+    assert "report_2_measured.png" not in text  # no two points of anything
 
 
 def test_old_files_lack_what_was_not_recorded_yet(tmp_path):
@@ -149,27 +71,62 @@ def test_methods_without_sentinels_serve_both_protocols(tmp_path):
     ],
 )
 def test_a_variant_is_named_by_what_is_not_plain(settings, variant):
-    assert measured.variant_of(results(**settings))[0] == variant
+    assert measured.variant_of(results(**settings)) == variant
 
 
 def test_settings_of_spans_make_no_variant_of_a_method_without_them():
-    assert measured.variant_of(results("local_attention", max_span_length=8, fixed_spans=True)) == ("", "")
-    assert measured.variant_of(results("sink_attention", sink_tokens=4)) == ("", "")
-    assert measured.variant_of(results("sink_attention", sink_tokens=1)) == ("sinks 1", "")
-    assert measured.variant_of(results(protocol="paper", fixed_spans=True)) == ("", "")
-    apart = results("full_attention", 0.0, isolate_documents=True)
-    assert measured.variant_of(apart) == ("documents apart", "documents apart")
+    assert measured.variant_of(results("local_attention", max_span_length=8, fixed_spans=True)) == ""
+    assert measured.variant_of(results("sink_attention", sink_tokens=4)) == ""
+    assert measured.variant_of(results("sink_attention", sink_tokens=1)) == "sinks 1"
+    assert measured.variant_of(results(protocol="paper", fixed_spans=True)) == ""
+
+
+FOR_ALL_METHODS = [{"isolate_documents": True}, {"position_ids_by_document": True}, {"distill_weight": 0.5}]
+FOR_ALL_METHODS += [{"max_span_length": 8}, {"fixed_spans": True}, {"distill_weight": 0.5, "max_span_length": 8}]
+
+
+@pytest.mark.parametrize("flags", FOR_ALL_METHODS)
+def test_a_sweep_with_a_flag_for_all_methods_is_judged_by_itself(tmp_path, flags):
+    plain = grid(("kv_compression", "local_attention"), seeds=(0,), protocols=("paper", "matched"))
+    other = [run | {"nll_per_token": run["nll_per_token"] + 1, "settings": run["settings"] | flags} for run in plain]
+    alone = group_of(tmp_path / "alone", *other)
+    assert {point.variant for point in measured.points(alone, "matched")} == {""}
+    assert [row["verdict"] for row in verdicts.judge_claim_1(alone, "matched")] == ["holds"] * 9
+    assert verdicts.judge_kept_keys(alone, "matched")
+    assert not any(line.startswith(("KV", "local")) for line in verdicts.missing(alone))
+    both = measured.collect(write(tmp_path / "both", *other, *plain, results(sink_tokens=4, **flags)))
+    lost = 9 if flags == {"fixed_spans": True} else 0  # the protocol paper draws spans once anyhow: these are the same
+    assert [len(group.runs) for group in both.groups] == [29 - lost, 28]
+    assert len(both.duplicates) == lost
+    assert [run.variant for group in both.groups for run in group.runs if run.variant] == ["sinks 4"]
+    for name, value in flags.items():
+        assert [group.settings.get(name) == value for group in both.groups] == [True, False]
+
+
+def test_a_variant_alone_with_such_a_flag_stays_beside_the_plain_methods(tmp_path):
+    variants = [results(distill_weight=0.5), results(max_span_length=50, sink_tokens=1), results(fixed_spans=True)]
+    group = group_of(tmp_path, results(), results("full_attention", 0.0), results("sink_attention"), *variants)
+    found = [run.variant for run in group.runs if run.variant]
+    assert found == ["distilled 0.5", "sinks 1, spans to 50", "spans drawn once"]
+    rows = {row["variant"]: row for row in verdicts.describe(group, "matched")}
+    assert all(rows[variant]["nats_above_full"] is not None for variant in found)
+    (group,) = measured.collect(write(tmp_path / "kv", *variants, results(ratio=0.1))).groups
+    assert [run.variant for run in group.runs] == [*found, ""]
+
+
+def test_what_an_older_version_did_not_know_makes_no_group(tmp_path):
+    assert len(group_of(tmp_path, results(), results(seed=1, num_processes=1, isolate_documents=False)).runs) == 2
 
 
 def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
     runs = [results(nll=3.5), results(nll=1.0, sink_tokens=4), results("full_attention", 0.0, nll=3.0)]
-    runs += [results("full_attention", 0.0, nll=0.5, isolate_documents=True), results(nll=2.0, isolate_documents=True)]
+    runs += [results("full_attention", 0.0, nll=0.5, eval_only=True), results(nll=2.0, eval_only=True)]
     group = group_of(tmp_path, *runs)
     assert measured.select(measured.points(group, "matched"), "kv_compression")[0.5].nlls == {0: 3.5}
     rows = {row["variant"]: row for row in verdicts.describe(group, "matched") if row["method"] == "kv_compression"}
     assert rows["sinks 4"]["nats_above_full"] == -2.0
-    assert rows["documents apart"]["nats_above_full"] == 1.5  # not of the runs that see other documents
-    assert "| KV compression | sinks 4 | 0.5 |" in text_of(tmp_path).split("### Variants")[1]
+    assert rows["not fine-tuned"]["nats_above_full"] == 1.5  # against a model that was not either
+    assert "| 1 | KV compression | sinks 4 | 0.5 |" in text_of(tmp_path).split("### Variants")[1]
 
 
 def test_a_run_without_fine_tuning_is_the_untrained_column_not_a_curve(tmp_path):
@@ -250,6 +207,83 @@ def test_kept_keys_are_interpolated_inside_the_measured_range_only(tmp_path):
     assert described[0.9]["sink_perplexity"] is described[0.1]["sink_perplexity"] is None
 
 
+def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
+    sinks = [results("sink_attention", ratio, nll=nll, kept=kept) for ratio, nll, kept in ((0.5, 3, 60), (0.9, 4, 20))]
+    one = {"sink_tokens": 1}
+    sinks += [
+        results("sink_attention", ratio, nll=nll, kept=kept, **one)
+        for ratio, nll, kept in ((0.5, 3, 50), (0.9, 3.2, 30))
+    ]
+    sinks += [results("sink_attention", 0.5, nll=0.1, kept=40, sink_tokens=2)]
+    variants = [results(nll=3.3, kept=40.0, recent_tokens=1), results(ratio=0.9, nll=3.3, kept=55.0, recent_tokens=2)]
+    variants += [results(ratio=0.9, nll=3.3, kept=70.0, recent_tokens=3)]
+    group = group_of(tmp_path, *sinks[:4], results(kept=40.0), *variants)
+    rows = {row["number"]: row for row in verdicts.describe(group, "matched")}
+    assert rows[1]["difference_to_sink"] == pytest.approx(3.3 - 3.5)
+    assert rows[1]["difference_to_best_sink"] == pytest.approx(3.3 - 3.1)
+    assert (rows[1]["best_sink_variant"], rows[1]["best_sink_kept_below"]) == ("sinks 1", 30)
+    assert rows[1]["best_sink_perplexity"] == pytest.approx(math.exp(3.1))
+    assert rows[2]["best_sink_variant"] == ""  # out of reach of the other
+    assert rows[3]["best_sink_variant"] is rows[3]["difference_to_best_sink"] is None
+    text = text_of(tmp_path)
+    assert f"| ≈ {math.exp(3.5):.2f} (20.0 – 60.0) | ≈ {math.exp(3.1):.2f} (30.0 – 50.0), sinks 1 |" in text
+    assert "- with 4 sinks: 1 of 2 that could be compared, of 3 measured: no. 1 at 0.5 (-0.200 nats)." in text
+    assert "- with as many sinks as are best there: 0 of 2 that could be compared, of 3 measured." in text
+    group = group_of(tmp_path, *sinks, *variants)  # a single run with two sinks holds just as many keys
+    assert verdicts.describe(group, "matched")[0]["best_sink_variant"] == "sinks 2"
+
+
+def answers(rows, **which) -> dict:
+    return {row["question"]: row for row in rows if all(row[name] == value for name, value in which.items())}
+
+
+def test_what_the_variants_come_to(tmp_path):
+    sinks = [results("sink_attention", ratio, nll=3.9, kept=kept) for ratio, kept in ((0.1, 100), (0.9, 10))]
+    sinks += [run | {"nll_per_token": 3.6, "settings": run["settings"] | {"sink_tokens": 1}} for run in sinks]
+    runs = [results("full_attention", 0.0, nll=3.0), results(ratio=0.9, nll=4.0, kept=30), *sinks]
+    runs += [
+        results(ratio=0.9, nll=3.45, kept=120, recent_tokens=9),
+        results(ratio=0.9, nll=3.55, kept=20, recent_tokens=5),
+    ]
+    runs += [results(ratio=0.5, nll=3.12, kept=60, recent_tokens=9), results(ratio=0.7, nll=3.2, recent_tokens=9)]
+    rows = verdicts.beyond(group_of(tmp_path, *runs))
+    lowest = answers(rows, ratio=0.9, choice="lowest perplexity")
+    assert (lowest["gap"]["variant"], lowest["gap"]["variants"]) == ("window 9", 2)
+    assert (lowest["gap"]["value"], lowest["gap"]["verdict"]) == (pytest.approx(0.45), "met")
+    assert lowest["sink"]["value"] is lowest["best_sink"]["value"] is None  # holds more keys than any run with sinks
+    assert lowest["sink"]["verdict"] == lowest["best_sink"]["verdict"] == "not measured"
+    assert (lowest["full"]["value"], lowest["full"]["verdict"]) == (pytest.approx(math.exp(0.45)), "no aim")
+    against = answers(rows, ratio=0.9, choice="best against sink attention")
+    assert against["gap"]["verdict"] == "not met"
+    assert (against["sink"]["value"], against["sink"]["verdict"]) == (pytest.approx(math.exp(-0.35)), "met")
+    assert (against["best_sink"]["value"], against["best_sink"]["verdict"]) == (
+        pytest.approx(math.exp(-0.05)),
+        "not met",
+    )
+    half = answers(rows, ratio=0.5)
+    assert (half["gap"]["value"], half["gap"]["verdict"]) == (None, "not measured")  # the plain method was not run
+    assert [half[name]["verdict"] for name in ("sink", "best_sink", "full")] == ["met", "met", "met"]
+    assert all(
+        row["aim"] is None and row["verdict"] in ("no aim", "not measured") for row in rows if row["ratio"] == 0.7
+    )
+    text = text_of(tmp_path).split("## Beyond the paper")[1]
+    assert "### At 0.9 removed, group 1: 2 variants of tiny measured" in text
+    assert (
+        "- nats above full attention as a share of the plain method's: 0.45 (+0.450 of +1.000). Aim: at most 0.50. Met."
+        in text
+    )
+    assert "- against sink attention with 4 sinks at 120.0 kept keys: not measured. Aim: at most 0.75.\n" in text
+    assert "- against full attention: 1.13 times, 22.65 to 20.09. Aim: at most 1.15. Met." in text
+    assert "No variant was run." in text_of(tmp_path / "none", results(), results("local_attention"))
+
+
+def test_what_seeds_leave_open_is_told(tmp_path):
+    runs = [results("full_attention", 0.0, nll=3.0, seed=seed) for seed in range(3)]
+    runs += [results(nll=nll, seed=seed, recent_tokens=5) for seed, nll in enumerate((3.0, 3.1, 3.2))]
+    (full,) = [row for row in verdicts.beyond(group_of(tmp_path, *runs)) if row["question"] == "full"]
+    assert (full["value"], full["verdict"]) == (pytest.approx(math.exp(0.1)), "met, uncertain")
+
+
 def test_missing_runs_are_listed(tmp_path):
     runs = [run for run in grid(seeds=(0, 1), protocols=("paper", "matched"))]
     assert verdicts.missing(group_of(tmp_path / "full", *runs)) == []
@@ -299,7 +333,8 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(tmp_path, content):
 
 def test_files_of_other_programs_are_passed_over(tmp_path):
     write(tmp_path, results())
-    for name in ("adapter_config.json", "tokenizer_config.json", "special_tokens_map.json", "generation.about.json"):
+    names = ["adapter_config.json", "tokenizer_config.json", "special_tokens_map.json", "generation.about.json"]
+    for name in [*names, "untrained.json", ".results.json.x1.partial"]:
         (tmp_path / name).write_text("{}")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "some.json").write_text("{")
@@ -331,6 +366,28 @@ def test_scores_are_judged_document_by_document(tmp_path):
     assert "- perplexity: reversed at 0.5" in worse
     same = text_of(tmp_path, scores("kv_compression"), scores("local_attention"))
     assert "- BERTScore: no difference shown at 0.5" in same
+
+
+def test_missing_continuations_are_listed(tmp_path):
+    write(tmp_path, results(seed=3), results("local_attention", seed=3), results(ratio=0.9, seed=4))
+    for number, score in enumerate(
+        (scores("kv_compression"), scores("local_attention"), scores("kv_compression", 0.9))
+    ):
+        (tmp_path / f"{number:03}" / "scores.json").write_text(json.dumps(score))
+    for name in ("000/generation", "001/generation", "001/other"):
+        (tmp_path / f"{name}.about.json").write_text("{}")
+    found = measured.collect(tmp_path)
+    assert found.unscored == ["001/other.jsonl"]
+    comparable = [score for one in found.scores for score in one]
+    assert verdicts.missing_scores(comparable)[2:4] == [
+        "KV compression, matched, seed 3: 0.1 – 0.4, 0.6 – 0.9",
+        "KV compression, matched, seed 4: 0.1 – 0.8",
+    ]
+    assert "local attention, matched, seed 3: 0.1 – 0.4, 0.6 – 0.9" in verdicts.missing_scores(comparable)
+    text = "\n".join(report.build(found).lines)
+    assert "### Missing continuations\n\n- full attention, matched, seed 3: 0" in text
+    assert "## Continuations that are not scored yet\n\n- 001/other.jsonl" in text
+    assert "### Claim 2\n\nNo continuations were scored." in text_of(tmp_path / "none", results())
 
 
 @pytest.mark.parametrize("name", ["documents_sha256", "bertscore_model", "fluency_model"])
@@ -369,11 +426,11 @@ def run_script(*arguments) -> subprocess.CompletedProcess:
 
 def test_the_script_writes_everything_and_the_same_again(tmp_path):
     runs = grid(seeds=(0, 1), protocols=("paper", "matched")) + [results(recent_tokens=12), scores("kv_compression")]
-    folder = write(tmp_path / "in", *runs, scores("local_attention"))
+    folder = write(tmp_path / "in", *runs, scores("local_attention"), scores("local_attention", 0.9))
     done = run_script(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        f"93 runs in 1 group of equal settings, 2 scored files, 0 duplicate, 0 unreadable: {folder}/report.md\n"
+        f"93 runs in 1 group of equal settings, 3 scored files, 0 duplicate, 0 unreadable: {folder}/report.md\n"
     )
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in text

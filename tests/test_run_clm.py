@@ -13,7 +13,7 @@ import transformers
 from accelerate.state import AcceleratorState
 
 import run_clm
-from kv_compression import sentinels
+from kv_compression import data, sentinels
 from kv_compression.errors import run_script
 from tests.conftest import sentences
 
@@ -165,6 +165,17 @@ def test_eval_only_trains_nothing(call, texts):
     assert results["training"] is None
     assert results["perplexity"] == results["untrained"]["perplexity"]
     assert set(results["blocks_sha256"]) == {"test"}
+
+
+def test_methods_share_one_token_stream_where_no_sentinels_stand_in_it(call, tmp_path, monkeypatch):
+    text = tmp_path / "own.jsonl"
+    text.write_text("\n".join(json.dumps({"text": line}) for line in sentences(12, seed=9)))
+    flags = ["--eval_only", "--test_file", str(text), "--bound_ratio", "0.5"]
+    assert call(*flags, "--method", "local_attention")[0] == 0
+    monkeypatch.setattr(data, "_tokenize_batch", None)
+    assert call(*flags, "--method", "kv_compression")[0] == 0
+    with pytest.raises(TypeError):
+        call(*flags, "--method", "kv_compression", "--protocol", "paper")
 
 
 def test_the_same_seed_gives_the_same_run_and_matched_targets_are_shared(call):

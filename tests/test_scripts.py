@@ -12,7 +12,7 @@ METHODS = ["kv_compression", "local_attention", "sink_attention", "scattered_att
 
 STAND_IN = """#!/bin/sh
 case $1 in
--) exit {has_packages} ;;
+-) echo "$@" >>"{log}.asked"; exit {has_packages} ;;
 -m) case $2 in venv) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;; esac ;;
 esac
 echo "$@" >>"{log}"
@@ -75,7 +75,7 @@ def test_an_environment_is_made_once_if_the_active_python_lacks_packages(project
     assert calls == []
 
     stand_in = tmp_path / "bin" / "python3"
-    stand_in.write_text(stand_in.read_text().replace("-) exit 1", '-) [ "$2" ] && exit 1; exit 0'))
+    stand_in.write_text(stand_in.read_text().replace("; exit 1 ;;", '; [ "$2" ] && exit 1; exit 0 ;;', 1))
     frozen = stand_in.read_text()
 
     def again():
@@ -123,3 +123,22 @@ def test_quickstart_runs_what_is_missing_and_keeps_its_summary(project, tmp_path
     assert project("quickstart.sh", "0.3")[1] == [*generations, table, scores]
     assert project("quickstart.sh", "0.4", status=1)[0].returncode == 1
     assert not list(tmp_path.glob("output/embedded/quickstart/summary_0.4*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "scores_text"),
+    [
+        ([], False),
+        (["--claims", "1", "--seeds", "2"], False),
+        (["--claim_timeout", "20"], False),
+        (["--claims=1", "--ratios", "0.2"], False),
+        (["--claims", "1,2"], True),
+        (["--seeds", "0", "--claims", "1", "2", "--ratios", "0.5"], True),
+        (["--claims=1,2"], True),
+    ],
+)
+def test_a_sweep_asks_for_scorers_only_where_claim_2_is_asked_for(project, tmp_path, flags, scores_text):
+    done, calls = project("sweep.sh", *flags)
+    assert done.returncode == 0
+    assert calls == [" ".join([f"{tmp_path}/sweep.py", *flags])]
+    assert ("bert-score" in (tmp_path / "calls.asked").read_text()) == scores_text

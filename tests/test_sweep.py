@@ -528,6 +528,61 @@ def test_an_interrupted_worker_ends_its_run_and_takes_its_claim_back(tmp_path, c
     assert files(claims) == []
 
 
+NOTING = """
+import signal, sys, time
+folder, patience = sys.argv[1:]
+told = []
+signal.signal(signal.SIGINT, lambda number, frame: told.append("INT"))
+signal.signal(signal.SIGTERM, lambda number, frame: told.append("TERM"))
+open(f"{folder}/ready", "w").close()
+while not told:
+    time.sleep(0.02)
+time.sleep(float(patience))
+with open(f"{folder}/told", "w") as file:
+    file.write(" ".join(told))
+"""
+
+
+def noting(folder, patience=0.5) -> sweep.Job:
+    """A job whose command notes the signals that it gets, and goes when it has had time for more to come."""
+    (folder / "noting.py").write_text(NOTING)
+    command = [sys.executable, str(folder / "noting.py"), str(folder), str(patience)]
+    return sweep.Job("a", [sweep.Step(command, (folder / "done").exists)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_hears_once_of_what_the_terminal_tells_all_its_processes(tmp_path, claims, number):
+    def work():
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.work([noting(tmp_path)], claims)
+        sys.exit(7)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    wait_until((tmp_path / "ready").exists)
+    os.killpg(worker.pid, number)
+    worker.join()
+    assert worker.exitcode == 7
+    assert (tmp_path / "told").read_text() == "TERM"
+    assert files(claims) == []
+
+
+def test_a_run_that_does_not_go_is_ended(tmp_path, claims, monkeypatch):
+    monkeypatch.setattr(sweep, "GRACE", 0.3)
+
+    def interrupt():
+        wait_until((tmp_path / "ready").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.work([noting(tmp_path, patience=600)], claims)
+    assert not (tmp_path / "told").exists()
+    assert files(claims) == []
+
+
 def test_as_a_program_that_is_told_to_end(tiny, tmp_path):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["sh", str(ROOT / "sweep.sh"), *tiny, "--ratios", "0.5", "--max_train_steps", "100000"]

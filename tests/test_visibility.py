@@ -89,6 +89,14 @@ def test_sink_attention_is_the_restated_rule(length, ratio, sinks):
     assert rule.removed(ids).item() == length - mask[-1].sum()
 
 
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_the_share_that_sink_attention_keeps_is_taken_in_double_precision(tenths):
+    length, ratio = 2048, tenths / 10
+    index = torch.arange(length)
+    seen = visibility.sink_attention(length, ratio)(0, 0, index[:, None], index).sum(-1)
+    assert seen.tolist() == [math.ceil((1 - ratio) * (q + 1)) for q in range(length)]
+
+
 def test_sink_attention_keeps_four_sinks_by_default():
     mask = visibility.dense_mask(visibility.SinkAttention(ratio=0.5).mask_mod(torch.full((1, 40), 5)), 1, 40)[0]
     assert mask[39].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(24, 40)]

@@ -1,0 +1,114 @@
+"""The plots: what is drawn where, before and after it becomes a picture."""
+
+import json
+import random
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kv_compression import measured, plots
+from tests.made_results import grid, group_of, results, scores, write
+
+
+def points_of(folder, *contents) -> list:
+    return measured.points(group_of(folder, *contents), "matched")
+
+
+def curves_of(found) -> list[list]:
+    curves = {}
+    for point in found:
+        curves.setdefault(point.name, []).append(point)
+    return list(curves.values())
+
+
+@pytest.mark.parametrize("span", [1, 1.001, 1.1, 1.4, 1.6, 2.5, 3.9, 9, 40, 1e3, 1e6])
+@pytest.mark.parametrize("least", [1.0, 7.3, 25.9, 48.3, 330.0])
+def test_the_ticks_of_a_log_axis_are_there_and_do_not_overlap(span, least):
+    figure = Figure(figsize=(4, 3), dpi=plots.DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    values = [(place, y, y, y) for place, y in enumerate((least, least * span))]
+    plots._draw_panel(axes, plots.Panel("y", [plots.Curve("a", values)]))
+    canvas.draw()
+    low, high = axes.get_ylim()
+    shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = sorted((label.get_window_extent() for label in shown if label.get_text()), key=lambda box: box.y0)
+    assert len(boxes) >= 2 or span > 1e4
+    assert all(one.y1 <= other.y0 for one, other in zip(boxes, boxes[1:]))
+
+
+def test_only_what_has_two_points_is_drawn(tmp_path):
+    one = points_of(tmp_path / "one", results(), results("sink_attention"), results("full_attention", 0.0))
+    assert not plots.measured(curves_of(one)).worth_drawing
+    assert not plots.kept_keys(curves_of(one), []).worth_drawing
+    lost = results(ratio=0.9) | dict.fromkeys(("removed_fraction", "attended_fraction", "kept_keys_mean"))
+    two = points_of(tmp_path / "lost", results(), lost)
+    assert not plots.kept_keys(curves_of(two), []).worth_drawing
+    two = points_of(tmp_path / "two", results(), results(ratio=0.9))
+    assert plots.kept_keys(curves_of(two), []).worth_drawing
+    assert not plots.nominal([], "model", False).worth_drawing  # the published figures alone
+    (some,) = measured.collect(write(tmp_path / "scores", scores("kv_compression"), scores("local_attention"))).scores
+    assert not plots.scores(some).worth_drawing
+
+
+def test_kept_keys_name_the_best_variants_by_number(tmp_path):
+    draw = random.Random(0)
+    runs = grid(protocols=("paper", "matched"))
+    runs += [results("sink_attention", ratio, sink_tokens=1) for ratio in measured.GRID]
+    runs += [
+        results(nll=draw.uniform(3, 5), kept=draw.uniform(20, 99), recent_tokens=number) for number in range(1, 36)
+    ]
+    group = group_of(tmp_path, *runs)
+    found = measured.points(group, "matched") + [p for p in measured.points(group, "paper", "matched") if p.foreign]
+    numbers = measured.number_variants(group)
+    assert sorted(numbers.values()) == list(range(1, 36))
+    variants = [(point, numbers["matched", point.variant, point.ratio]) for point in measured.variants(found)]
+    curves = curves_of(point for point in found if point.method != "kv_compression" or not point.variant)
+    (panel,) = plots.kept_keys(curves, variants).panels
+    labels = [curve.label for curve in panel.curves]
+    assert len(labels) == len(set(labels)) == 9
+    assert {"sink attention, sinks 4", "sink attention, sinks 1", "KV compression, protocol paper"} < set(labels)
+    *_, rest, best = panel.curves
+    assert (len(rest.points) + len(best.points), rest.names) == (35, ())
+    at = {str(number): (point.mean("kept_keys_mean"), point.perplexities[0]) for point, number in variants}
+    assert [point[:2] for point in best.points] == [at[name] for name in best.names]
+    beaten = {name for name, own in at.items() if any(o[0] < own[0] and o[1] < own[1] for o in at.values())}
+    assert set(best.names) == at.keys() - beaten
+    plots.draw(tmp_path / "a.png", plots.kept_keys(curves, variants))
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_names_of_points_that_lie_together_are_written_as_one():
+    axes = Figure(figsize=(4, 3), dpi=100).subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    points = [(x, y, y, y) for x, y in ((0.1, 0.9), (0.11, 0.89), (0.5, 0.5))]
+    plots._write_names(axes, plots.Curve("a", points, names=("3", "12", "7")))
+    assert [text.get_text() for text in axes.texts] == ["3, 12", "7"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scores_at_one_ratio_stand_side_by_side(tmp_path, seeds):
+    methods = [*measured.BASELINES, "kv_compression", "full_attention"]
+    runs = [
+        results(method, ratio, seed=seed)
+        for method in methods
+        for ratio in ((0.0,) if method == "full_attention" else measured.GRID)
+        for seed in range(seeds)
+    ]
+    write(tmp_path, *runs)
+    for number, run in enumerate(runs):
+        score = scores(run["method"], run["bound_ratio"])
+        (tmp_path / f"{number:03}" / "scores.json").write_text(json.dumps(score))
+    (found,) = measured.collect(tmp_path).scores
+    picture = plots.scores(found)
+    plots.draw(tmp_path / "a.png", picture)
+    for panel in picture.panels:
+        levels = [curve for curve in panel.curves if curve.level]
+        assert [curve.label for curve in levels] == ["full attention"]
+        places = sorted(point[0] for curve in panel.curves if not curve.level for point in curve.points)
+        assert len(places) == 4 * 9 * seeds
+        assert [round(place) for place in places] == [place for place in range(9) for _ in range(4 * seeds)]
+        apart = min(after - before for before, after in zip(places, places[1:]))
+        size = max(curve.size for curve in panel.curves if not curve.level) / 72  # inches
+        assert apart * plots.WIDTH * 0.85 / 9 > 0.9 * size
