@@ -290,7 +290,10 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, results
+    if mixed_precision == "bf16":
+        for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return tokenizer, model, results
 
 
 def results_of_run(folder: str) -> dict:
