@@ -371,15 +371,20 @@ class SentinelCache(Cache):
     def followed_by(self, input_ids: Tensor) -> dict:
         """What `model.generate` takes to go on behind this cache with new tokens `(batch, new)`, at least one.
 
-        It works on a copy, so that the cache can be followed by something else afterwards. Sentinels are not
-        generated. Returns the new tokens and what is generated behind them, not what the cache has read::
+        That goes on in a copy, so that the cache can be followed by something else afterwards; the keys are shared, as
+        no key ever changes. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
+        that the cache has read::
 
-            model.generate(**cache.followed_by(question), max_new_tokens=64)
+            output = model.generate(**cache.followed_by(question), max_new_tokens=64)
         """
+        if not input_ids.shape[1]:
+            raise ValueError("give at least one new token: the cache keeps no scores for what it has read")
         if self.slots and len(input_ids) != len(self.kinds):
             raise ValueError(f"the cache holds {len(self.kinds)} rows, but {len(input_ids)} were given")
         read = input_ids.new_ones(len(input_ids), self.get_seq_length() + input_ids.shape[1])
-        inputs = {"input_ids": input_ids, "attention_mask": read, "past_key_values": copy.deepcopy(self)}
+        own = copy.copy(self)
+        own.layers = [copy.copy(layer) for layer in self.layers]
+        inputs = {"input_ids": input_ids, "attention_mask": read, "past_key_values": own}
         if self.rule.uses_sentinels:
             inputs["suppress_tokens"] = [self.rule.cl_id, self.rule.cr_id]
         return inputs

@@ -27,6 +27,8 @@ def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None
     results = results_of_run(run)
     precision = results["settings"].get("mixed_precision", "no") if mixed_precision == "auto" else mixed_precision
     exported = results | {"export": {"dtype": "bfloat16" if precision == "bf16" else "float32"}}
+    if Path(run).resolve() in output.resolve().parents:
+        raise UsageError(f"--output_dir {output} lies in the run's own folder: choose another")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir {output} is a file")
     if output.exists() and any(output.iterdir()):
@@ -43,6 +45,8 @@ def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None
         write_card(partial, exported, repository_name(output.resolve().name))
         write_json(partial / RESULTS, exported)
         partial.chmod(0o755)
+        for path in partial.iterdir():  # some writers make files that only their owner reads
+            path.chmod(0o644)
         os.replace(partial, output)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write to --output_dir {output}: {one_line(error)}") from error

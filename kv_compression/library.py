@@ -7,9 +7,10 @@ experiments need.
 import os
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from kv_compression.attention import Patch, patch
@@ -51,6 +52,8 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
             logits = model(input_ids).logits  # mask and position ids follow from the sentinels in input_ids
     """
     if not isinstance(source, str | os.PathLike):
+        if not hasattr(source, "add_tokens"):
+            raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {type(source).__name__}")
         if revision is not None:
             raise ValueError("a tokenizer has no revision")
         unknown = [name for name in options if name not in OF_A_RULE]
@@ -82,8 +85,8 @@ def results_of(source: str, revision: str | None = None) -> dict:
     folder = Path(source)
     if not folder.is_dir():
         try:
-            huggingface_hub.utils.validate_repo_id(source)
-        except huggingface_hub.errors.HFValidationError as error:
+            validate_repo_id(source)
+        except HFValidationError as error:
             raise UsageError(f"{source}: no such folder") from error
         folder = fetch(source, RESULTS, revision).parent
     results = read_results(folder)

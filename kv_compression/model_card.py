@@ -226,7 +226,8 @@ def use(results: dict, name: str) -> list[str]:
         base, revision = base_of(results), results.get("model_revision")
         load = ["import kv_compression as kvc", "from peft import PeftModel", auto]
         if results["model"] == EMBEDDED:
-            load += ["from kv_compression.presets import embedded_model", "", f'run = "{name}"']
+            load[0] += "\nfrom kv_compression.presets import embedded_model"
+            load += ["", f'run = "{name}"']
             arguments = "embedded_model()"
         else:
             load += ["", f'run = "{name}"']

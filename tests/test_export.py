@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,8 @@ def test_bad_folders_take_one_line(run, tmp_path):
     ]:
         with pytest.raises(error, match=words):
             export.export(run, tmp_path / output)
+    with pytest.raises(UsageError, match="in the run's own folder"):
+        export.export(run, Path(run) / "whole")
     with pytest.raises(UsageError, match="not the output folder of a finished run"):
         export.export(str(tmp_path / "mine"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "file", "mine"]

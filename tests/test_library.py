@@ -214,6 +214,8 @@ def test_bad_requests_take_one_line_and_change_nothing(runs, bases, tmp_path):
     rows = model.get_input_embeddings().weight.shape[0]
     with pytest.raises(ValueError, match="no option of KV compression: choose from sink_tokens"):
         kvc.attach(model, tokenizer, sinks=1)
+    with pytest.raises(TypeError, match="or a tokenizer, not a LocalAttention"):
+        kvc.attach(model, LocalAttention(ratio=0.5))
     with pytest.raises(ValueError, match="cr_visibility"):
         kvc.attach(model, tokenizer, cr_visibility="all")
     with pytest.raises(ValueError, match="the options are the run's"):
