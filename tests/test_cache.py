@@ -499,7 +499,14 @@ def test_rows_that_compress_differently_are_followed_as_if_they_were_alone():
             alone = SentinelCache(rule=KV)
             model(torch.tensor([row]), past_key_values=alone)
             assert model.generate(**alone.followed_by(new[None]), **settings)[0].tolist() == found.tolist()
-        assert not {CL, CR} & set(together.flatten().tolist())
+
+        def wants_sentinels(module, inputs, output):
+            output[..., [CL, CR]] += 100
+            return output
+
+        handle = model.get_output_embeddings().register_forward_hook(wants_sentinels)
+        assert not {CL, CR} & set(model.generate(**cache.followed_by(question), **settings).flatten().tolist())
+        handle.remove()
         with pytest.raises(ValueError, match="holds 2 rows, but 1 were given"):
             cache.followed_by(question[:1])
         with pytest.raises(ValueError, match="at least one new token"):

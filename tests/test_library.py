@@ -60,7 +60,11 @@ def load(folder: str, base: str, order: str = "attach"):
         return tokenizer, model, kvc.attach(model, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     if order == "resize":
+        rows = model.get_input_embeddings().weight.shape[0]
         model.resize_token_embeddings(len(tokenizer))
+        with torch.no_grad():  # whatever the new rows are before the adapter comes
+            for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+                embedding.weight[rows:] = 3.0
         model = peft.PeftModel.from_pretrained(model, folder).eval()
         return tokenizer, model, kvc.attach(model, folder)
     patch = kvc.attach(model, folder)
@@ -95,6 +99,9 @@ def marked(tokenizer, rule) -> list[int]:
 def test_one_line_on_top_of_plain_peft_gives_the_logits_of_the_run(runs, bases, name, order):
     folder = runs(name)
     tokenizer, model, patch = load(folder, bases[name], order)
+    assert {option: getattr(patch.rule, option) for option in OPTIONS} == {
+        option: RUNS[name].get(option, getattr(KVCompression, option)) for option in OPTIONS
+    }
     ids = marked(tokenizer, patch.rule)
     expected = expected_logits(folder, ids)
     torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=0)
