@@ -5,6 +5,7 @@ experiments need.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,10 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
         unknown = [name for name in options if name not in OF_A_RULE]
         if unknown:
             raise ValueError(f"{unknown[0]} is no option of KV compression: choose from {', '.join(OF_A_RULE)}")
-        rule = KVCompression(0, 0, **options)  # says what is wrong before anything is changed
+        rule = KVCompression(**options)  # says what is wrong before anything is changed
         refuse_if_patched(model)
         cl_id, cr_id = add_sentinels(source, causal_lm_of(model))
-        return patch(model, rule=KVCompression(cl_id, cr_id, **options))
+        return patch(model, rule=replace(rule, cl_id=cl_id, cr_id=cr_id))
     if options:
         raise ValueError(f"{', '.join(options)}: the options are the run's, which {source} tells")
     results = results_of(os.fspath(source), revision)
