@@ -47,33 +47,46 @@ def main() -> None:
     """Score what is not scored yet, then show everything."""
     flags = parse()
     quiet_libraries()
-    files = find_files(flags.paths)
-    from kv_compression import presets, records
+    from kv_compression import presets, processes
 
+    state = processes.state()
+    processes.load_whole_models()
+    files = processes.on_main(find_files, flags.paths)
     scored, scorers = {}, {}
     for path in files:
-        about = records.read_about(path) or {}
-        models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
-        target = scores_path(path)
-        digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
-        made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
-        old = None if flags.overwrite else read_scores(target)
-        if old is None or any(old.get(name) != value for name, value in made_from.items()):
+        about, models, made_from, scores = processes.on_main(look_up, path, flags)
+        if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
-                scorers[models] = presets.load_scorers(models)
-            old = score(path, about, made_from, scorers[models])
-            write_json(target, old)
-        scored[path] = old
-        trouble = "; ".join(f"{count} {reason}" for reason, count in old["skipped"].items() if count)
-        if trouble:
+                scorers[models] = processes.one_first(presets.load_scorers, models)
+            scores = score(path, about, made_from, scorers[models])
+            processes.on_main(write_json, scores_path(path), scores)
+        scored[path] = scores
+        trouble = "; ".join(f"{count} {reason}" for reason, count in scores["skipped"].items() if count)
+        if trouble and state.is_main_process:
             print(f"{path}: not scored: {trouble}")
-    table = [row(path, scores) for path, scores in scored.items()]
-    print(render(table))
-    for line in comparisons(scored):
-        print(line)
-    folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
-    write_csv(Path(flags.csv or folder / "scores.csv"), table)
+    if state.is_main_process:
+        table = [row(path, scores) for path, scores in scored.items()]
+        print(render(table))
+        for line in comparisons(scored):
+            print(line)
+        folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
+        write_csv(Path(flags.csv or folder / "scores.csv"), table)
+    state.destroy_process_group()
+
+
+def look_up(path: Path, flags) -> tuple:
+    """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
+    from kv_compression import presets, records
+
+    about = records.read_about(path) or {}
+    models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
+    digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
+    made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
+    scores = None if flags.overwrite else read_scores(scores_path(path))
+    if scores is not None and any(scores.get(name) != value for name, value in made_from.items()):
+        scores = None
+    return about, models, made_from, scores
 
 
 def scores_path(path: Path) -> Path:
@@ -93,10 +106,10 @@ def read_scores(path: Path) -> dict | None:
 
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
-    """Everything that scores.json holds of one generation file."""
-    from kv_compression import records, scoring
+    """Everything that scores.json holds of one generation file; processes share its documents."""
+    from kv_compression import processes, records, scoring
 
-    lines, problems = records.read(path)
+    lines, problems = processes.on_main(records.read, path)
     scores = scoring.score_records(lines, *scorers)
     scores["skipped"]["half-written or damaged lines"] = len(problems)
     scores["damaged_lines"] = problems

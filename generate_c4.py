@@ -49,21 +49,35 @@ def parse() -> argparse.Namespace:
     return flags
 
 
+def pick(flags: argparse.Namespace, preset: str) -> list:
+    """The documents to continue."""
+    from kv_compression import data, generation, presets
+
+    if flags.docs_file:
+        texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
+    elif preset == "embedded":
+        texts = presets.embedded_text()["test"]["text"]
+    else:
+        texts = data.stream_c4(flags.seed)
+    return generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
+
+
 def main() -> None:
     """Generate what is missing."""
     flags = parse()
     quiet_libraries()
-    import accelerate
     from tqdm.auto import tqdm
 
-    from kv_compression import data, experiment, generation, information, presets, records
+    from kv_compression import experiment, generation, information, presets, processes, records
     from kv_compression.attention import compressed_attention
     from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
     from kv_compression.visibility import METHODS
 
+    state = processes.state()
+    processes.load_whole_models()
     precision = flags.mixed_precision
     precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, results = experiment.load_run(flags.model_dir, precision)
+    tokenizer, model, results = processes.one_first(experiment.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or results["method"]]
     asked = results["bound_ratio"] if flags.bound_ratio is None else flags.bound_ratio
     longest = flags.max_span_length or results["settings"]["max_span_length"]
@@ -86,13 +100,7 @@ def main() -> None:
         flags.compress_generated,
     )
 
-    if flags.docs_file:
-        texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
-    elif results["preset"] == "embedded":
-        texts = presets.embedded_text()["test"]["text"]
-    else:
-        texts = data.stream_c4(flags.seed)
-    documents = generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
+    documents = processes.on_main(pick, flags, results["preset"])
     if method.uses_sentinels and settings.protocol == "matched" and asked:
         # A window that fits a training block may leave a shorter prefix no room for spans.
         lengths = [len(tokenizer(document.prefix)["input_ids"]) for document in documents]
@@ -115,43 +123,50 @@ def main() -> None:
         **asdict(sampler),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
-    inform = None
-    if plan.compress and plan.sampler == "self_information":
-        inform = information.informant(experiment.load_model(settings)[1])
-    # A ratio that cannot be had ends the run before it leaves anything.
-    prefixes = {
-        document.index: generation.prefix_ids(
-            document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform
-        )
-        for document in documents
-    }
-    done = records.continue_file(path, about, flags.overwrite)
 
-    model = model.to(accelerate.Accelerator().device)
+    def read_prefixes(documents: list[generation.Document]) -> list[list[int]]:
+        inform = None
+        if plan.compress and plan.sampler == "self_information":
+            inform = information.informant(experiment.load_model(settings)[1].to(state.device))
+        return [
+            generation.prefix_ids(document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform)
+            for document in documents
+        ]
+
+    # A ratio that cannot be had ends the run before it leaves anything.
+    prefixes = processes.divided(read_prefixes, documents)
+    done = processes.on_main(records.continue_file, path, about, flags.overwrite)
+
+    def sample(batches: list[list[generation.Document]]) -> list[list[dict]]:
+        sampled = []
+        for batch in batches:
+            # A batch is always sampled whole: rounding, and so a sample, may depend on who shares a batch.
+            rows = [prefixes[document.index] for document in batch]
+            sampled.append(list(generation.continue_documents(model, tokenizer, batch, rows, rule, plan, sampler)))
+        return sampled
+
+    model = model.to(state.device)
     batches = [documents[start : start + flags.batch_size] for start in range(0, len(documents), flags.batch_size)]
+    missing = [batch for batch in batches if {document.index for document in batch} - done]
     tokens = 0
     with (
         tqdm(total=len(documents), initial=len(done), desc="generating") as bar,
         compressed_attention(model, rule=rule),
-        records.appending(path) as append,
     ):
-        for batch in batches:
-            missing = {document.index for document in batch} - done
-            if not missing:
-                continue
-            # A batch is always sampled whole: rounding, and so a sample, may depend on who shares a batch.
-            rows = [prefixes[document.index] for document in batch]
-            for record in generation.continue_documents(model, tokenizer, batch, rows, rule, plan, sampler):
-                if record["index"] in missing:
-                    append(record)
-                    tokens += record["new_tokens"]
-                    bar.update()
-                    bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}")
-    kept = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(records.read(path)[0])]
-    print(
-        f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, in "
-        f"{path}; the cache held {sum(kept) / len(kept):.3f} keys a prefix token"
-    )
+        for start in range(0, len(missing), state.num_processes):
+            sampled = processes.divided(sample, missing[start : start + state.num_processes])
+            found = [record for batch in sampled for record in batch if record["index"] not in done]
+            processes.on_main(records.append, path, found)
+            tokens += sum(record["new_tokens"] for record in found)
+            bar.update(len(found))
+            bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}")
+    if state.is_main_process:
+        held = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(records.read(path)[0])]
+        print(
+            f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, "
+            f"in {path}; the cache held {sum(held) / len(held):.3f} keys a prefix token"
+        )
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
         help="grouped on a CPU, else sdpa (auto)",
     )
     add("--mixed_precision", choices=["auto", "no", "bf16"], help="bf16 where the hardware has it (auto)")
+    add("--compile", action="store_true", default=None, help="compile the model's layers: minutes once, then faster")
+    add("--gradient_checkpointing", action="store_true", default=None, help="less memory, a third more compute")
     add("--preprocessing_num_workers", type=int)
     add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
     add("--skip_untrained", action="store_true", default=None, help="no score before fine-tuning")
@@ -79,27 +81,28 @@ def main() -> None:
     if private and asked is None:
         raise UsageError("--hub_private needs --push_to_hub")
     quiet_libraries()
-    from accelerate import PartialState
+    from kv_compression import experiment, hub, model_card, presets, processes, results
 
-    from kv_compression import experiment, hub, model_card, presets, results
+    state = processes.state()
 
     def say(line: str) -> None:
-        if PartialState().is_main_process:
+        if state.is_main_process:
             print(line, flush=True)
 
-    settings = presets.resolve(flags)
+    settings = presets.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    found = experiment.finished(settings, overwrite, resume)
+    found = processes.on_main(experiment.finished, settings, overwrite, resume)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
     folder = Path(settings.output_dir)
-    shares = asked is not None and PartialState().is_main_process
-    repository = hub.destination(asked, folder) if shares else None  # before hours of training, not behind them
+    # Before hours of training, not behind them.
+    repository = None if asked is None else processes.on_main(hub.destination, asked, folder)
     found = found or experiment.run(settings, resume and not overwrite)
     say(results.summary(found))
-    if repository:
+    if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)
         say(f"uploaded to {hub.push(folder, repository, private)}")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kv_compression.errors import RunError, UsageError
 from kv_compression.tensor_files import read_tensors, write_tensors
+from kv_compression.whole_files import remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,12 @@ class Checkpoints:
     keep: int = 2
     _last: float = field(default_factory=time.monotonic)
 
-    def due(self, step: int) -> bool:
-        """Whether one is to be written behind this step (from 1)."""
-        if self.steps is not None:
-            return step % self.steps == 0
+    def due_at(self, step: int) -> bool:
+        """Whether one is to be written behind this step (from 1), by the count of steps."""
+        return self.steps is not None and step % self.steps == 0
+
+    def overdue(self) -> bool:
+        """Whether one is to be written now, by the clock."""
         return self.minutes is not None and time.monotonic() - self._last >= 60 * self.minutes
 
     def write(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
@@ -56,6 +59,7 @@ class Checkpoints:
             there = f"the last good one is of step {good}" if good else "there is none before it"
             raise RunError(f"cannot write the checkpoint {path}: {error.strerror or error}; {there}") from error
         self._last = time.monotonic()
+        remove_partial(path.parent)
         for old in self._paths()[self.keep :]:
             old.unlink(missing_ok=True)
         return path
@@ -93,6 +97,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Let all of them go."""
+        remove_partial(self.folder / FOLDER)
         for path in self._paths():
             path.unlink(missing_ok=True)
         if (self.folder / FOLDER).is_dir() and not any((self.folder / FOLDER).iterdir()):

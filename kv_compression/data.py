@@ -9,7 +9,7 @@ made per batch by the patched model.
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -317,9 +317,13 @@ class Blocks(torch.utils.data.Dataset):
             labels[row, : len(block)] = next_text_token(ids[None], self.cl_id, self.cr_id)[0]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The blocks `indices` as a batch."""
-        batch = self.collate([self[index] for index in indices])
+    def num_targets(self, index: int) -> int:
+        """How many targets a block has, whatever its spans: all text tokens but the last."""
+        return max(int(is_text(self.tokens[index], self.cl_id, self.cr_id).sum()) - 1, 0)
+
+    def batch(self, indices: Sequence[int], drawn: Mapping[int, list[int]] | None = None) -> dict[str, Tensor]:
+        """The blocks `indices` as a batch, taken from `drawn` where they have been drawn already."""
+        batch = self.collate([self[index] if drawn is None else drawn[index] for index in indices])
         if self.documents is not None:
             numbers = [self._documents(index, ids) for index, ids in zip(indices, batch["input_ids"])]
             batch["attention_mask"] *= torch.stack(numbers)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -14,11 +15,13 @@ LIBRARY_SETTINGS = {
     # Left to itself, transformers has a public service convert a model that has no safetensors.
     "DISABLE_SAFETENSORS_CONVERSION": "1",
 }
+NO_PROGRESS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+LAST_WORDS = 10.0  # seconds that a process leaves another to say why both end
 
 
 def quiet_libraries() -> None:
     """Tell the libraries what only the environment tells them, unless the user has; call before importing them."""
-    for name, value in LIBRARY_SETTINGS.items():
+    for name, value in (LIBRARY_SETTINGS if is_main_process() else LIBRARY_SETTINGS | NO_PROGRESS).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
@@ -33,6 +36,22 @@ class RunError(RuntimeError):
 
 class Interrupted(KeyboardInterrupt):
     """A signal has ended the run, and what was done is safe: exit status 130."""
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its launch that speaks, as launchers say before accelerate can be asked."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def complain(message: str) -> None:
+    """Print why the run ends as one line, once for all processes that a launcher has started on a machine.
+
+    The main process says it, whereupon the launcher ends the others. Where it is on another machine the first of this
+    one does, and any that is left then has failed alone.
+    """
+    if not is_main_process():
+        time.sleep(LAST_WORDS if os.environ.get("LOCAL_RANK") == "0" else 2 * LAST_WORDS)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
@@ -52,11 +71,13 @@ def run_script(main: Callable[[], None]) -> int:
         status = 1
         message = str(error)
     except KeyboardInterrupt as error:
+        if not is_main_process():
+            return 130
         status = 130
         message = str(error) or "interrupted"
     else:
         return 0
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    complain(message)
     return status
 
 
@@ -64,7 +85,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors take one line."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (see python {self.prog} --help)\n")
+        complain(f"{message} (see python {self.prog} --help)")
+        self.exit(2)
 
 
 def ratio(text: str) -> float:

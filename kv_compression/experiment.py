@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import IO
 
 import accelerate
 import huggingface_hub
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets
+from kv_compression import presets, processes
 from kv_compression.attention import compressed_attention
 from kv_compression.checkpoints import FOLDER, Checkpoints
 from kv_compression.data import (
@@ -42,8 +43,9 @@ from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
-from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, train
+from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
 from kv_compression.visibility import METHODS, Rule
+from kv_compression.whole_files import PARTIAL, remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +85,17 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
 
 
 LOCK, UNTRAINED = "run.lock", "untrained.json"
-_MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
-_MADE_ON_THE_WAY = (LOCK, f"{UNTRAINED}*", FOLDER)
+_MADE_BY_A_RUN = (
+    RESULTS,
+    f".*{PARTIAL}",
+    "train.log",
+    "tensorboard",
+    "README.md",
+    "adapter_*",
+    "*token*.json",
+    "*.jinja",
+)
+_MADE_ON_THE_WAY = (LOCK, UNTRAINED, FOLDER)
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
 _MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
@@ -96,7 +107,8 @@ def _made_by_a_run(path: Path) -> bool:
 
 def _differences(old, new: dict) -> str:
     """The first settings that differ, "" if none does. What an older version did not know had its default."""
-    old = Settings().identity() | (old if isinstance(old, dict) else {})
+    old = Settings.regardless_of_processes(Settings().identity() | (old if isinstance(old, dict) else {}))
+    new = Settings.regardless_of_processes(new)
     changed = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in old if old[name] != new.get(name)]
     return "; ".join(changed[:3])
 
@@ -113,13 +125,14 @@ def run(settings: Settings, resume: bool = False) -> dict:
 
 def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
+    processes.load_whole_models()
     transformers.set_seed(settings.seed)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     folder = Path(settings.output_dir)
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
-    rule, splits = prepare(settings, tokenizer, model, accelerator, revision)
+    rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
     checkpoints = checkpoints_of(settings)
     checkpoint = checkpoints.read() if resume else None
     if accelerator.is_main_process:
@@ -129,12 +142,12 @@ def _run(settings: Settings, resume: bool) -> dict:
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
-    model = add_lora(model, targets, settings.r, sentinel_ids).to(accelerator.device)
+    prepared = prepare(add_lora(model, targets, settings.r, sentinel_ids), accelerator, settings)
+    model = prepared.model
 
     def score(split: str, note: str) -> dict:
-        blocks = splits[split]
-        size = settings.per_device_eval_batch_size
-        score = evaluate(model, blocks, rule, accelerator, batch_size=size, protocol=settings.protocol, note=note)
+        losses, blocks, size = prepared.token_losses, splits[split], settings.per_device_eval_batch_size
+        score = evaluate(losses, blocks, rule, accelerator, batch_size=size, protocol=settings.protocol, note=note)
         log.info("%s: %s", note, score)
         return asdict(score)
 
@@ -148,7 +161,7 @@ def _run(settings: Settings, resume: bool) -> dict:
                     write_json(folder / UNTRAINED, untrained)
             report = None
             if not settings.eval_only:
-                report = train(model, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+                report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
             scores = {
                 split: untrained if split == "test" and report is None else score(split, f"{split} split")
                 for split in ("test", "validation")
@@ -190,11 +203,12 @@ def _run(settings: Settings, resume: bool) -> dict:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
     }
+    weights = trained(model)
     if accelerator.is_main_process:
         try:
             if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
                 model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             tokenizer.save_pretrained(folder)
         except OSError as error:
             raise RunError(f"cannot save the adapter in {folder}: {error}") from error
@@ -202,14 +216,15 @@ def _run(settings: Settings, resume: bool) -> dict:
         write_json(folder / RESULTS, results)
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
-    accelerator.end_training()
+        remove_partial(folder)
     return results
 
 
 def checkpoints_of(settings: Settings) -> Checkpoints:
     """The checkpoints of a run with these settings."""
     steps, minutes = settings.checkpoint_interval()
-    return Checkpoints(Path(settings.output_dir), settings.identity(), steps, minutes, settings.checkpoints_to_keep)
+    identity = Settings.regardless_of_processes(settings.identity())
+    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep)
 
 
 def read_untrained(folder: Path) -> dict | None:
@@ -227,24 +242,29 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however it ends. RunError if another holds it, or the folder cannot be written.
     """
-    if accelerate.PartialState().num_processes > 1 and not accelerate.PartialState().is_main_process:
+    lock = processes.together(_lock, folder, here=processes.state().is_main_process)
+    try:
         yield
-        return
+    finally:
+        if lock is not None:
+            with lock:
+                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO:
+    """An open file that no other process can lock; RunError as in `only_run_in`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
+    return file
 
 
 def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
@@ -325,7 +345,7 @@ def check_length(model: nn.Module, block_size: int) -> None:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 
 
-def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
+def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
     """The method's rule, with its sentinels in tokenizer and model, and the blocks of every split there is."""
     method = METHODS[settings.method]
     wanted = [split for split in SPLITS if split != "train" or not settings.eval_only]
@@ -345,16 +365,15 @@ def prepare(settings: Settings, tokenizer, model, accelerator, revision=None) ->
         cl_id, cr_id = add_sentinels(tokenizer, model) if method.uses_sentinels else (-1, -1)
     blocks, information = {}, {}
     for split, texts in rows.items():
-        with accelerator.main_process_first():
-            stream = tokenize(texts, tokenizer, split, in_text, settings.preprocessing_num_workers, settings.span_unit)
+        how = (in_text, settings.preprocessing_num_workers, settings.span_unit)
+        stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
             identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
-            with accelerator.main_process_first():
-                tokens = blocks[split]["input_ids"]
-                information[split] = cached_self_information(model.to(accelerator.device), identity, tokens)
+            asked = (model.to(accelerator.device), identity, blocks[split]["input_ids"])
+            information[split] = processes.one_first(cached_self_information, *asked)
     if informed:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {

@@ -5,6 +5,7 @@ used for loss and gradient, and dropped, a few tokens at a time, and only for to
 and labels, no method.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,16 @@ class TokenLosses(nn.Module):
         super().__init__()
         self.model = model
         self._chunked = _has_plain_head(model) and not _head_of(model).weight.requires_grad
+
+    def layers(self) -> list[nn.Module]:
+        """The model's layers: what is worth compiling, and what processes may each hold a part of."""
+        names = set(self._no_split_modules)
+        return [module for module in decoder_of(self.model).modules() if type(module).__name__ in names]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The class names of `layers`, by the name under which accelerate asks for them."""
+        return list(causal_lm_of(self.model)._no_split_modules or [])
 
     def hidden_states(self, **inputs) -> Tensor:
         """The decoder's last hidden states, `(batch, length, width)`."""
@@ -90,8 +101,14 @@ def _head_of(model: nn.Module) -> _Head:
     if not active:
         return _Head(base.weight, getattr(base, "bias", None), None, None)
     rows = torch.cat([deltas[name] for name in active])
-    indices = [index for name in active for index in adapter.token_indices[name]]
-    return _Head(base.weight, getattr(base, "bias", None), rows, torch.tensor(indices, device=rows.device))
+    indices = tuple(index for name in active for index in adapter.token_indices[name])
+    return _Head(base.weight, getattr(base, "bias", None), rows, _on_device(indices, rows.device))
+
+
+@lru_cache(maxsize=16)
+def _on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices as a tensor, made once: the device would have to be waited for each time."""
+    return torch.tensor(indices, device=device)
 
 
 @torch.no_grad()

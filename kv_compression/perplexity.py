@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from kv_compression.data import Blocks
-from kv_compression.loss import TokenLosses
 from kv_compression.sentinels import IGNORED
 from kv_compression.visibility import MaskCost, Rule, measure
 
@@ -45,34 +44,43 @@ def perplexity(nll: float) -> float:
         return math.inf
 
 
-def batches(num_blocks: int, batch_size: int) -> Iterator[range]:
-    """Block indices, in order, in batches; the last may be smaller."""
-    for start in range(0, num_blocks, batch_size):
-        yield range(start, min(start + batch_size, num_blocks))
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All indices in batches, blocks of like length together; the last may be smaller."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.no_grad()
-def evaluate(model, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int, protocol: str, note="") -> Evaluation:
-    """Score a patched `model` on `blocks`; processes share the batches, and each token counts once.
+def evaluate(
+    token_losses, blocks: Blocks, rule: Rule, accelerator, *, batch_size: int, protocol: str, note=""
+) -> Evaluation:
+    """Score a patched model on `blocks`; processes share the batches, and each token counts once.
 
-    `rule` is the one that the model attends by; what it keeps is counted on the very blocks that are scored.
+    `token_losses` is a `TokenLosses`, as it is or prepared by accelerate; `rule` is the one that the model attends by:
+    what it keeps is counted on the very blocks that are scored.
     """
-    token_losses = TokenLosses(model).eval()
+    token_losses.eval()
     start = time.perf_counter()
     nll = batch_nll = 0.0
     targets = num_batches = 0
     cost = MaskCost()
-    mine = list(batches(len(blocks), batch_size))[accelerator.process_index :: accelerator.num_processes]
-    for indices in tqdm(mine, desc=f"evaluating {note}", disable=not accelerator.is_local_main_process, leave=False):
-        batch = blocks.batch(indices)
-        cost += measure(rule, batch["input_ids"], batch["attention_mask"])
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        labels = batch.pop("labels")
+    drawn = {index: blocks[index] for index in range(len(blocks))}
+    todo = batches([len(block) for block in drawn.values()], batch_size)
+    rounds = range(accelerator.process_index, len(todo) + accelerator.process_index, accelerator.num_processes)
+    for number in tqdm(rounds, desc=f"evaluating {note}", disable=not accelerator.is_main_process, leave=False):
+        # A process without a batch of its own keeps in step: where weights are spread, all have to be called.
+        batch = blocks.batch(todo[min(number, len(todo) - 1)], drawn)
+        inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
+        labels = inputs.pop("labels")
         with accelerator.autocast():
-            losses = token_losses(labels, **batch).cpu().double().sum().item()  # not every device has float64
-        count = int((labels != IGNORED).sum())
-        nll, targets = nll + losses, targets + count
-        batch_nll, num_batches = batch_nll + losses / count, num_batches + 1
+            losses = token_losses(labels, **inputs)
+        if number >= len(todo):
+            continue
+        cost += measure(rule, batch["input_ids"], batch["attention_mask"])
+        loss = losses.cpu().double().sum().item()  # not every device has float64
+        count = int((batch["labels"] != IGNORED).sum())
+        nll, targets = nll + loss, targets + count
+        batch_nll, num_batches = batch_nll + loss / count, num_batches + 1
     everyone = gather_object([((nll, targets, batch_nll, num_batches), cost)])
     nll, targets, batch_nll, num_batches = map(sum, zip(*(sums for sums, _ in everyone)))
     cost = sum((cost for _, cost in everyone), MaskCost())

@@ -19,6 +19,7 @@ import datasets
 import torch
 import transformers
 
+from kv_compression import processes
 from kv_compression.data import SPAN_SAMPLERS, SpanPlan
 from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
@@ -78,6 +79,9 @@ class Settings:
     seed: int = 0
     attn_implementation: str = "sdpa"
     mixed_precision: str = "no"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    num_processes: int = 1
     eval_only: bool = False
     skip_untrained: bool = False
     preprocessing_num_workers: int | None = None
@@ -88,10 +92,17 @@ class Settings:
     def identity(self) -> dict:
         """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
         ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
-        ignored |= {"checkpointing_steps", "checkpoints_to_keep"}
+        ignored |= {"checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"}
         settings = {name: value for name, value in asdict(self).items() if name not in ignored}
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
+
+    @staticmethod
+    def regardless_of_processes(identity: dict) -> dict:
+        """An identity in which it is the same, by how many processes a batch is shared."""
+        identity = dict(identity)
+        shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
+        return identity | {"blocks a micro-batch": shares[0] * shares[1] if None not in shares else None}
 
     def check(self) -> None:
         """Raise UsageError for values that no run can have."""
@@ -427,11 +438,11 @@ def embedded_encoder() -> str:
 
 
 def load_scorers(models: ScorerModels) -> tuple:
-    """The models as `scoring.BertScorer` and `scoring.Fluency`, on the GPU if there is one. RunError if one is not
+    """The models as `scoring.BertScorer` and `scoring.Fluency`, on this process's device. RunError if one is not
     to be had."""
     from kv_compression import scoring
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
     language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
     return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kv_compression.errors import RunError, UsageError, one_line
@@ -85,16 +84,11 @@ def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
     return set()
 
 
-@contextmanager
-def appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that appends a record as a line and sees it safely to the disk."""
+def append(path: Path, records: Iterable[dict]) -> None:
+    """Append records, a line each, and see them safely to the disk."""
+    lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
     with _try(path, lambda: path.open("ab")) as file:
-
-        def append(record: dict) -> None:
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            _try(path, lambda: (file.write(line), file.flush(), os.fsync(file.fileno())))
-
-        yield append
+        _try(path, lambda: (file.write(lines), file.flush(), os.fsync(file.fileno())))
 
 
 def _try(path: Path, action: Callable):

@@ -3,9 +3,12 @@
 The scores are the libraries' own; here they are only collected per document, averaged and compared.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from kv_compression import processes
 from kv_compression.errors import RunError, one_line
 
 RESAMPLES = 10_000
@@ -124,20 +128,34 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], seed: int = 
     return float((extreme.sum() + 1) / (RESAMPLES + 1))
 
 
+class Scores(NamedTuple):
+    """One continuation's scores; `loss` is in nats, over `count` predicted tokens."""
+
+    rouge_l: float
+    bertscore: float
+    loss: float
+    count: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """None where nothing is predicted."""
+        return math.exp(min(self.loss / self.count, 700)) if self.count else None
+
+
 def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -> dict:
     """Scores of a generation file's records: per document, averaged over its continuations.
 
     Returns `documents` (by index: rouge_l, bertscore, perplexity), `skipped` (what could not be scored, counted by
     reason) and the token-weighted perplexity over all continuations. A document whose record is unusable, and an empty
-    continuation, is counted, not scored.
+    continuation, is counted, not scored. Processes that all call this with the same records share the documents, and
+    all get everything.
     """
     skipped = dict.fromkeys(SKIPPED, 0)
-    pairs: list[tuple[int, str, str]] = []
-    seen: set[int] = set()
+    pairs: dict[int, list[tuple[str, str]]] = {}
     for record in records:
         index, reference = record.get("index"), record.get("reference")
         texts = record.get("continuations")
-        if not isinstance(index, int) or index in seen:
+        if not isinstance(index, int) or index in pairs:
             skipped["records without an index of their own"] += 1
             continue
         if not isinstance(reference, str) or not reference.strip():
@@ -146,26 +164,27 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             skipped["missing continuations"] += 1
             continue
-        seen.add(index)
         skipped["empty continuations"] += sum(not text.strip() for text in texts)
-        pairs += [(index, reference, text) for text in texts if text.strip()]
-    references, texts = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-    losses = fluency(texts)
-    skipped["continuations of one token (no perplexity)"] = sum(count == 0 for _, count in losses)
-    columns = {
-        "rouge_l": rouge_l(references, texts),
-        "bertscore": bert(references, texts) if texts else [],
-        "perplexity": [math.exp(min(loss / count, 700)) if count else None for loss, count in losses],
-    }
+        pairs[index] = [(reference, text) for text in texts if text.strip()]
+    scores = dict(zip(pairs, processes.divided(partial(_score, bert, fluency), list(pairs.values()))))
+    every = list(itertools.chain.from_iterable(scores.values()))
+    skipped["continuations of one token (no perplexity)"] = sum(score.count == 0 for score in every)
     documents: dict[int, dict[str, float]] = {}
-    for index in sorted({pair[0] for pair in pairs}):
-        own = [number for number, pair in enumerate(pairs) if pair[0] == index]
+    for index in sorted(index for index, own in scores.items() if own):
         document = {}
-        for name, values in columns.items():
-            found = [values[number] for number in own if values[number] is not None]
+        for name in ("rouge_l", "bertscore", "perplexity"):
+            found = [value for score in scores[index] if (value := getattr(score, name)) is not None]
             if found:
                 document[name] = sum(found) / len(found)
         documents[index] = document
-    total = sum(count for _, count in losses)
-    weighted = math.exp(min(sum(loss for loss, _ in losses) / total, 700)) if total else None
+    total = sum(score.count for score in every)
+    weighted = math.exp(min(sum(score.loss for score in every) / total, 700)) if total else None
     return {"documents": documents, "skipped": skipped, "perplexity_token_weighted": weighted}
+
+
+def _score(bert: BertScorer, fluency: Fluency, pairs: Sequence[list[tuple[str, str]]]) -> list[list[Scores]]:
+    """The scores of every document's continuations, from its pairs of reference and continuation."""
+    references, texts = ([pair[part] for own in pairs for pair in own] for part in (0, 1))
+    rows = zip(rouge_l(references, texts), bert(references, texts) if texts else [], fluency(texts))
+    scores = iter([Scores(rouge, f1, loss, count) for rouge, f1, (loss, count) in rows])
+    return [list(itertools.islice(scores, len(own))) for own in pairs]

@@ -4,17 +4,14 @@ A job is a run's commands and how to tell that their work is done already. Knows
 the scripts' business, who carries it out that of `claims`.
 """
 
-import ctypes
 import hashlib
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +19,7 @@ from kv_compression import data, experiment, generation, presets, records
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.presets import Settings
+from kv_compression.processes import END_WITH_PARENT
 from kv_compression.results import RESULTS, read_results
 from kv_compression.visibility import METHODS, Rule
 
@@ -29,8 +27,6 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 FULL = Rule.name  # full attention, the baseline
 POLL = 5.0  # seconds between looks at what other workers do
 GRACE = 10.0  # seconds for a command to go when it is told to
-# Linux ends a command whose worker is killed (PR_SET_PDEATHSIG), so that it does not write beside the next worker's.
-END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None
 
 
 class Run(NamedTuple):
@@ -216,6 +212,7 @@ def jobs(
     """
     # What is left to the machine may differ between workers.
     any_of = [name for name in ("mixed_precision", "attn_implementation") if given.get(name, "auto") == "auto"]
+    any_of += ["num_processes"]
     found, about = [], {}
     for run in runs:
         target = folder / run.name

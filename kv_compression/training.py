@@ -1,7 +1,8 @@
 """LoRA fine-tuning under a method's mask, on accelerate.
 
 Knows how adapters are attached and how the loop steps. Every step is a pure function of the settings and the step's
-number: the order of blocks, their spans and the draws come from the seed, nothing from what ran before.
+number: the order of blocks, their spans and all draws come from the seed, nothing from what ran before or from how many
+processes share the work.
 """
 
 import logging
@@ -9,15 +10,18 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +30,7 @@ from kv_compression.attention import Patch
 from kv_compression.cache import decoder_of
 from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks
+from kv_compression.dropout import replace_dropout
 from kv_compression.errors import Interrupted, RunError, UsageError
 from kv_compression.loss import TokenLosses
 from kv_compression.presets import Settings
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05
 OPTIMIZER = {"name": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+SAME_SIGNAL = 3.0  # seconds
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION_PROJECTIONS = {  # by transformers' model_type
     "gpt_neox": ("query_key_value", "dense"),
@@ -71,7 +77,8 @@ def lora_targets(model: nn.Module, named: tuple[str, ...] | None) -> list[str]:
 def add_lora(model: nn.Module, targets: list[str], r: int, sentinel_ids: tuple[int, ...] = ()) -> peft.PeftModel:
     """The model with LoRA on `targets` (rank r, alpha 32, dropout 0.05, no bias), everything trainable in fp32.
 
-    With `sentinel_ids` these rows of the embedding are trained too, and no other row. (Paper, section 4.1.)
+    With `sentinel_ids` these rows of the embedding are trained too, and no other row. The model's `draws` decide what
+    dropout drops. (Paper, section 4.1.)
     """
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -86,26 +93,50 @@ def add_lora(model: nn.Module, targets: list[str], r: int, sentinel_ids: tuple[i
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.lora_dropout:
-                module.lora_dropout[name] = QuickDropout(LORA_DROPOUT)
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    adapted.draws = replace_dropout(
+        [layer.lora_dropout for layer in layers], max(layer.in_features for layer in layers)
+    )
     return adapted
 
 
-class QuickDropout(nn.Dropout):
-    """Dropout that draws a CPU's random bits 64 at a time, four times faster than torch; p is kept to 1/65536.
+@dataclass
+class Prepared:
+    """A model with adapters, ready to be scored and trained by however many processes there are.
 
-    Elsewhere, and when evaluating, it is torch's. (This project.)
+    `token_losses` is a `TokenLosses` of `model` as accelerate has wrapped it: it is what has to be called.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or x.device.type != "cpu":
-            return super().forward(x)
-        dropped = round(self.p * 65536)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-(2**63), None).view(torch.int16)
-        kept = (bits[: x.numel()].view(x.shape) >= dropped - 32768).to(x.dtype)
-        return x * kept.mul_(65536 / (65536 - dropped))
+    model: peft.PeftModel
+    token_losses: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
+    """Hand the model of `add_lora` and an AdamW for its adapters over to accelerate, which may spread both.
+
+    With `settings.gradient_checkpointing` a layer's activations are computed again where they are needed, with
+    `settings.compile` layers are compiled. (Paper, section 4.1, for the optimizer.)
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recipe = {name: value for name, value in OPTIMIZER.items() if name != "name"}
+    if settings.sentinel_learning_rate is not None:
+        rows = [value for name, value in model.named_parameters() if value.requires_grad and "trainable_tokens" in name]
+        others = [value for value in parameters if not any(value is row for row in rows)]
+        parameters = [{"params": others}, {"params": rows, "lr": settings.sentinel_learning_rate}]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True, **recipe)
+    if settings.gradient_checkpointing:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    token_losses = TokenLosses(model)
+    if settings.compile:
+        for layer in token_losses.layers():
+            layer.compile(dynamic=True)  # blocks with sentinels are of many lengths
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+        plugin = accelerator.state.fsdp_plugin  # bf16 is too coarse for losses and for sums over processes
+        exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
+    token_losses, optimizer = accelerator.prepare(token_losses, optimizer)
+    return Prepared(model, token_losses, optimizer)
 
 
 @dataclass
@@ -130,28 +161,37 @@ class Schedule:
         self.settings = settings
         self.num_blocks = num_blocks
         self.per_micro_batch = settings.per_device_train_batch_size * num_processes
-        self.micro_batches = math.ceil(num_blocks / self.per_micro_batch)
-        self.steps_per_epoch = math.ceil(self.micro_batches / settings.gradient_accumulation_steps)
+        self.per_step = self.per_micro_batch * settings.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(num_blocks / self.per_step)
         self.num_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (from 0) belongs to."""
         return step // self.steps_per_epoch
 
-    def micro_batches_of(self, step: int, process: int) -> list[list[int]]:
-        """The block indices that `process` reads in a step, a list for every micro-batch."""
-        order = self._order(self.epoch_of(step))
-        size, accumulation = self.settings.per_device_train_batch_size, self.settings.gradient_accumulation_steps
-        first = step % self.steps_per_epoch * accumulation
-        micro = []
-        for number in range(first, min(first + accumulation, self.micro_batches)):
-            everyone = order[number * self.per_micro_batch : (number + 1) * self.per_micro_batch]
-            micro.append(everyone[process * size : (process + 1) * size] or everyone[-1:])
-        return micro
+    def blocks_of(self, step: int) -> list[int]:
+        """The indices of the blocks that all processes read in a step; an epoch's last step may have fewer."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch_of(step))
+        order = torch.randperm(self.num_blocks, generator=generator)
+        first = step % self.steps_per_epoch * self.per_step
+        return order[first : first + self.per_step].tolist()
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_blocks, generator=generator).tolist()
+    def micro_batches(self, blocks: list[int]) -> list[list[int]]:
+        """A step's blocks, in the order given, as micro-batches of all processes."""
+        return [blocks[start : start + self.per_micro_batch] for start in range(0, len(blocks), self.per_micro_batch)]
+
+    def share(self, micro_batch: list[int], process: int) -> list[int]:
+        """What one process reads of a micro-batch; nothing, where it is a small one."""
+        size = self.settings.per_device_train_batch_size
+        return micro_batch[process * size : (process + 1) * size]
+
+
+class MicroBatch(NamedTuple):
+    """What a process reads at once: `inputs` of `blocks`, and the number of targets that all processes read."""
+
+    inputs: dict[str, torch.Tensor]
+    blocks: list[int]
+    num_targets: int
 
 
 class StepData(torch.utils.data.Dataset):
@@ -163,13 +203,23 @@ class StepData(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.schedule.num_steps
 
-    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+    def __getitem__(self, step: int) -> list[MicroBatch]:
         self.blocks.epoch = 0 if self.fixed_spans else self.schedule.epoch_of(step)
-        return [self.blocks.batch(indices) for indices in self.schedule.micro_batches_of(step, self.process)]
+        drawn = {index: self.blocks[index] for index in self.schedule.blocks_of(step)}
+        by_length = sorted(drawn, key=lambda index: len(drawn[index]))  # blocks of like length pad each other least
+        return [self._micro_batch(everyone, drawn) for everyone in self.schedule.micro_batches(by_length)]
+
+    def _micro_batch(self, everyone: list[int], drawn: dict[int, list[int]]) -> MicroBatch:
+        own = self.schedule.share(everyone, self.process)
+        read = own or everyone[-1:]  # a process without a block of its own still has to keep in step
+        inputs = self.blocks.batch(read, drawn)
+        if not own:
+            inputs["labels"].fill_(IGNORED)
+        return MicroBatch(inputs, read, sum(map(self.blocks.num_targets, everyone)))
 
 
 def train(
-    model: nn.Module,
+    prepared: Prepared,
     blocks: Blocks,
     patch: Patch,
     accelerator,
@@ -178,88 +228,148 @@ def train(
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
 ) -> TrainingReport:
-    """Fine-tune the adapters of a patched `model`; AdamW without weight decay, settings' schedule and batches.
+    """Fine-tune the adapters of a patched model with settings' schedule and batches.
 
     `writer` is a tensorboardX SummaryWriter or None. With `checkpoints` the run can go on from one of them, `resume`,
     as if it had never been broken off; SIGINT and SIGTERM then write one, and raise Interrupted. RunError at the first
     loss that is not finite, naming the step and its blocks. (Paper, section 4.1.)
     """
+    model, token_losses, optimizer = prepared.model, prepared.token_losses, prepared.optimizer
     schedule = Schedule(settings, len(blocks), accelerator.num_processes)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    recipe = {name: value for name, value in OPTIMIZER.items() if name != "name"}
-    if settings.sentinel_learning_rate is not None:
-        rows = [value for name, value in model.named_parameters() if value.requires_grad and "trainable_tokens" in name]
-        others = [value for value in parameters if not any(value is row for row in rows)]
-        parameters = [{"params": others}, {"params": rows, "lr": settings.sentinel_learning_rate}]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, **recipe)
-    token_losses, optimizer = accelerator.prepare(TokenLosses(model), optimizer)
     scheduler = transformers.get_scheduler(
         settings.lr_scheduler_type,
         optimizer.optimizer,
         num_warmup_steps=settings.num_warmup_steps,
         num_training_steps=schedule.num_steps,
     )
-    rule = patch.rule
+    rule, on_gpu = patch.rule, accelerator.device.type == "cuda"
     data = StepData(blocks, schedule, accelerator.process_index, settings.fixed_spans)
     done = resume.step if resume else 0
-    steps = iter(DataLoader(Subset(data, range(done, schedule.num_steps)), batch_size=None, shuffle=False))
-    tokens, losses, before = 0, [], 0.0
+    to_read = Subset(data, range(done, schedule.num_steps))
+    steps = iter(DataLoader(to_read, batch_size=None, shuffle=False, pin_memory=on_gpu))
+    progress = Progress(schedule, writer, ahead=1 if on_gpu else 0)
     if resume is not None:  # behind iter(), which draws a random number
-        tokens, losses, before = restore(resume, model, optimizer, scheduler)
+        progress.begin(*restore(resume, model, optimizer, scheduler))
     token_losses.train()
-    start = time.perf_counter() - before
-    hide = not accelerator.is_local_main_process
     try:
         with (
-            tqdm(total=schedule.num_steps, initial=len(losses), desc="training", disable=hide) as bar,
+            tqdm(
+                total=schedule.num_steps, initial=done, desc="training", disable=not accelerator.is_main_process
+            ) as bar,
             signals_noted(checkpoints is not None) as signals,
         ):
-            for step, micro_batches in enumerate(steps, start=len(losses)):
+            progress.bar = bar
+            for step, micro_batches in enumerate(steps, start=done):
                 patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
-                teach = Teacher(model, patch, settings.distill_weight) if settings.distill_weight else None
-                loss = _step(token_losses, micro_batches, accelerator, optimizer, scheduler, teach)
-                if not math.isfinite(loss):
-                    where = schedule.micro_batches_of(step, accelerator.process_index)
-                    raise RunError(f"the loss is {loss} at step {step + 1}, blocks {where}: lower --learning_rate")
-                tokens += sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
-                losses.append(loss)
-                speed = tokens * accelerator.num_processes / (time.perf_counter() - start)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
-                log.info("step %d/%d loss %.4f tokens/s %.0f", step + 1, schedule.num_steps, loss, speed)
-                if writer is not None:
-                    writer.add_scalar("train/loss", loss, step + 1)
-                    writer.add_scalar("train/learning_rate", scheduler.get_last_lr()[0], step + 1)
-                    writer.add_scalar("train/tokens_per_second", speed, step + 1)
-                told = bool(signals)
-                if checkpoints is not None and (told or checkpoints.due(step + 1)) and step + 1 < schedule.num_steps:
-                    seconds = time.perf_counter() - start
-                    checkpoints.write(step + 1, *capture(model, optimizer, scheduler, tokens, losses, seconds))
-                if told:
+                rate = scheduler.get_last_lr()[0]
+                loss = optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
+                overdue = checkpoints is not None and accelerator.is_main_process and checkpoints.overdue()
+                # Processes must agree, and their clocks do not.
+                wishes = [torch.full_like(loss, float(wish)) for wish in (bool(signals), overdue)]
+                results = torch.stack([loss / accelerator.num_processes, *wishes])
+                progress.add(
+                    accelerator.reduce(results, reduction="sum"),
+                    sum(micro_batch.num_targets for micro_batch in micro_batches),
+                    rate,
+                )
+                due = checkpoints is not None and checkpoints.due_at(step + 1)
+                if (due or progress.checkpoint_wanted or progress.end_wanted) and step + 1 < schedule.num_steps:
+                    progress.read()
+                    checkpoint = capture(model, optimizer, scheduler, progress)
+                    if accelerator.is_main_process:
+                        checkpoints.write(step + 1, *checkpoint)
+                    progress.checkpoint_wanted = False
+                if progress.end_wanted:
                     raise Interrupted(
                         f"interrupted after step {step + 1} of {schedule.num_steps}: the same command with "
                         "--resume_from_checkpoint goes on"
                     )
+            progress.read()
     finally:
         patch.rule = rule
-    tail = losses[-max(len(losses) // 10, 1) :]
-    seconds = time.perf_counter() - start
-    return TrainingReport(len(losses), tokens * accelerator.num_processes, seconds, sum(tail) / len(tail))
+        model.draws.table = None
+    return progress.report()
+
+
+class Progress:
+    """What a run has done so far, told to the log, the bar and the `writer` (tensorboardX, or None).
+
+    Reading a number waits for the device, so a step's results are read when `ahead` later ones are on their way. They
+    are three numbers: the loss, and by how many processes an end and a checkpoint are wanted.
+    """
+
+    def __init__(self, schedule: Schedule, writer, ahead: int):
+        self.schedule, self.writer, self.ahead = schedule, writer, ahead
+        self.bar = None
+        self.tokens, self.losses = 0, []
+        self.end_wanted = self.checkpoint_wanted = False
+        self._start = time.perf_counter()
+        self._unread: deque[tuple[torch.Tensor, int, float]] = deque()
+
+    def begin(self, tokens: int, losses: list[float], seconds: float) -> None:
+        """Go on from what a checkpoint tells."""
+        self.tokens, self.losses, self._start = tokens, losses, time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent training, those before a checkpoint among them."""
+        return time.perf_counter() - self._start
+
+    def add(self, results: torch.Tensor, tokens: int, rate: float) -> None:
+        """Take a step's results `(3,)`, its targets and its learning rate, and read what is due."""
+        self._unread.append((results, tokens, rate))
+        self.read(self.ahead)
+
+    def read(self, but: int = 0) -> None:
+        """Read the results of all steps but the last so many. RunError at a loss that is not finite."""
+        while len(self._unread) > but:
+            results, tokens, rate = self._unread.popleft()
+            loss, ends, checkpoints = results.tolist()
+            step = len(self.losses) + 1
+            if not math.isfinite(loss):
+                blocks = self.schedule.blocks_of(step - 1)
+                raise RunError(f"the loss is {loss} at step {step}, blocks {blocks}: lower --learning_rate")
+            self.end_wanted |= ends > 0
+            self.checkpoint_wanted |= checkpoints > 0
+            self.losses.append(loss)
+            self.tokens += tokens
+            self._tell(step, loss, rate)
+
+    def _tell(self, step: int, loss: float, rate: float) -> None:
+        speed = self.tokens / self.seconds
+        log.info("step %d/%d loss %.6f tokens/s %.0f", step, self.schedule.num_steps, loss, speed)
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
+        if self.writer is not None:
+            self.writer.add_scalar("train/loss", loss, step)
+            self.writer.add_scalar("train/learning_rate", rate, step)
+            self.writer.add_scalar("train/tokens_per_second", speed, step)
+
+    def report(self) -> TrainingReport:
+        """What was done in all."""
+        tail = self.losses[-max(len(self.losses) // 10, 1) :]
+        return TrainingReport(len(self.losses), self.tokens, self.seconds, sum(tail) / len(tail))
 
 
 @contextmanager
-def signals_noted(wanted: bool) -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM be noted in a list instead of ending the process; a second one ends it as before."""
-    noted: list[int] = []
+def signals_noted(wanted: bool) -> Iterator[list[float]]:
+    """Let SIGINT and SIGTERM be noted (when they came) in a list instead of ending the process.
+
+    A later one ends it as before; what comes within seconds is the same one, which a terminal and a launcher both send.
+    """
+    noted: list[float] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield noted
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
-        noted.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if noted and time.monotonic() - noted[0] > SAME_SIGNAL:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
+        noted.append(time.monotonic())
 
     for number in before:
         signal.signal(number, note)
@@ -270,30 +380,49 @@ def signals_noted(wanted: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def capture(model: nn.Module, optimizer, scheduler, tokens: int, losses: list[float], seconds: float) -> tuple:
-    """All that the next step depends on, as tensors by name and a state that JSON holds."""
-    tensors = {f"model.{name}": value for name, value in model.named_parameters() if value.requires_grad}
+def capture(model: nn.Module, optimizer, scheduler, progress: Progress) -> tuple[dict[str, torch.Tensor], dict]:
+    """All that the next step depends on, as tensors by name and a state that JSON holds. Every process must ask."""
+    tensors = {f"model.{name}": value for name, value in trained(model).items()}
     for index, values in optimizer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+        tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in values.items()}
+    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     schedule = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
-    return tensors, {"tokens": tokens, "seconds": seconds, "scheduler": schedule}
+    return tensors, {"tokens": progress.tokens, "seconds": progress.seconds, "scheduler": schedule}
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> tuple:
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is trained, by name. Where processes hold a part each, all of them must ask."""
+    return {name: whole(value) for name, value in model.named_parameters() if value.requires_grad}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts that other processes hold."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a whole tensor, if `like` is held in parts."""
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> tuple[int, list[float], float]:
     """Put everything back where `capture` found it; returns tokens, losses and seconds so far."""
     tensors, state = checkpoint.tensors, checkpoint.state
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad:
-                value.copy_(tensors[f"model.{name}"])
+                value.copy_(part_of(tensors[f"model.{name}"].to(value.device), value))
+    parameters = [value for group in optimizer.optimizer.param_groups for value in group["params"]]
     optimizer_state = optimizer.optimizer.state_dict()
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, part = name.split(".")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:  # else it counts steps
+                value = part_of(value.to(parameter.device), parameter)
             optimizer_state["state"].setdefault(int(index), {})[part] = value
     optimizer.optimizer.load_state_dict(optimizer_state)
     scheduler.load_state_dict(scheduler.state_dict() | state["scheduler"])
@@ -330,20 +459,32 @@ class Teacher:
         return {"teacher": states, "distill_weight": self.weight}
 
 
-def _step(token_losses, micro_batches, accelerator, optimizer, scheduler, teach: Teacher | None = None) -> float:
-    """One optimizer step over its micro-batches; returns their mean loss in nats per token."""
+def optimizer_step(
+    prepared: Prepared,
+    micro_batches: list[MicroBatch],
+    accelerator,
+    scheduler,
+    patch: Patch,
+    settings: Settings,
+    step: int,
+) -> torch.Tensor:
+    """One optimizer step; returns its loss in nats per token, a scalar whose mean over processes counts."""
+    token_losses, optimizer, draws = prepared.token_losses, prepared.optimizer, prepared.model.draws
+    teach = Teacher(prepared.model, patch, settings.distill_weight) if settings.distill_weight else None
     total = 0.0
-    for number, batch in enumerate(micro_batches):
-        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+    for number, (inputs, blocks, num_targets) in enumerate(micro_batches):
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in inputs.items()}
         labels = batch.pop("labels")
+        draws.draw(settings.seed, step, blocks, labels.shape[1], accelerator.device)
         last = number == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(token_losses):  # processes exchange gradients once a step
             with accelerator.autocast():
                 taught = teach(batch) if teach else {}
-                loss = token_losses(labels, **taught, **batch).sum() / (labels != IGNORED).sum()
+                loss = token_losses(labels, **taught, **batch).sum()
+            loss = loss / (max(num_targets, 1) / accelerator.num_processes)  # processes then take the mean
             accelerator.backward(loss / len(micro_batches))
         total = total + loss.detach()
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(accelerator.reduce(total / len(micro_batches), reduction="mean"))
+    return total / len(micro_batches)

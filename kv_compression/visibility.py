@@ -6,6 +6,7 @@ The dense mask and FlexAttention's block mask are both made from it. Knows tenso
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -139,13 +140,26 @@ def local_attention(length: int, ratio: float, device=None) -> MaskMod:
         d   . 1 1 1
         e   . . 1 1 1
     """
-    # float64 is missing on some devices (MPS): the table is made on the CPU.
-    first = (torch.arange(length, dtype=torch.float64) * ratio).floor().long().to(device)
+    first = _first_keys(length, ratio, device)
 
     def rule(b, h, q, k):
         return (first[q] <= k) & (k <= q)
 
     return rule
+
+
+# These two are made once and kept: a device would have to be waited for each time. float64 is missing on some (MPS).
+@lru_cache(maxsize=64)
+def _first_keys(length: int, ratio: float, device) -> Tensor:
+    """The first key that each of so many queries sees under local attention."""
+    return (torch.arange(length, dtype=torch.float64) * ratio).floor().long().to(device)
+
+
+@lru_cache(maxsize=64)
+def _sinks_and_first_keys(length: int, ratio: float, sink_tokens: int, device) -> tuple[Tensor, Tensor]:
+    """How many sinks each of so many queries sees under sink attention, and its first recent key."""
+    sinks, recent = _sinks_and_recent(torch.arange(length), ratio, sink_tokens)
+    return sinks.to(device), recent.to(device)
 
 
 def scattered_attention(kept: Tensor) -> MaskMod:
@@ -183,8 +197,7 @@ def sink_attention(length: int, ratio: float, sink_tokens: int = SINKS, device=N
 
     (StreamingLLM, Xiao et al. 2024, for sinks and a window; this project for the shares.)
     """
-    sinks, recent = _sinks_and_recent(torch.arange(length), ratio, sink_tokens)
-    sinks, recent = sinks.to(device), recent.to(device)
+    sinks, recent = _sinks_and_first_keys(length, ratio, sink_tokens, device)
 
     def rule(b, h, q, k):
         return (k <= q) & ((k < sinks[q]) | (k >= recent[q]))

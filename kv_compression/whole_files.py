@@ -4,13 +4,17 @@ import os
 import tempfile
 from pathlib import Path
 
+PARTIAL = ".partial"  # the ending of a file that is being written, or whose writer was killed
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside `path` and rename it there: no reader sees half of it. OSError if the disk refuses."""
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
+        ) as file:
             partial = file.name
             file.write(content)
             file.flush()
@@ -20,3 +24,9 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if partial and os.path.exists(partial):
             os.unlink(partial)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder, where no other can be at work."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """A tiny GPT-NeoX with a byte-level BPE tokenizer, and text that it can learn, made once per test run."""
 
 import atexit
+import json
 import os
 import random
 import shutil
@@ -78,3 +79,30 @@ def stand_in(tmp_path, monkeypatch):
         huggingface_hub.utils.close_session()
         yield hub
     huggingface_hub.utils.close_session()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory) -> list[str]:
+    """Flags of run_clm.py for a run of the tiny model on text that it makes."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, count in (("train", 41), ("test", 9)):
+        rows = [json.dumps({"text": text}) for text in sentences(count, len(name))]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
+    flags += ["--train_file", folder / "train.jsonl", "--test_file", folder / "test.jsonl", "--block_size", "32"]
+    flags += ["--max_span_length", "8", "--max_eval_blocks", "9", "--method", "kv_compression", "--bound_ratio", "0.5"]
+    return list(map(str, flags))
+
+
+TOLD: list[str] = []
+
+
+@pytest.fixture
+def tell():
+    """A function that takes a line to show below the tests' results."""
+    return TOLD.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in TOLD:
+        terminalreporter.write_line(line)

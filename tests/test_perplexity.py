@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from kv_compression import perplexity
 from kv_compression.attention import compressed_attention
 from kv_compression.data import Blocks, SpanPlan
+from kv_compression.loss import TokenLosses
 from kv_compression.visibility import KVCompression
 from tests import slow_rules
 from tests.layouts import CL, CR
@@ -17,6 +18,10 @@ from tests.models import random_model
 def blocks_of(count: int, ratio: float = 0.4) -> Blocks:
     tokens = torch.randint(3, 64, (count, 24), generator=torch.Generator().manual_seed(0))
     return Blocks(tokens, "test", SpanPlan(True, ratio, 6, 0), CL, CR)
+
+
+def evaluate(model, blocks, rule, **options):
+    return perplexity.evaluate(TokenLosses(model), blocks, rule, accelerate.Accelerator(), **options)
 
 
 def slow_scores(model, blocks) -> list[tuple[float, int]]:
@@ -34,9 +39,7 @@ def slow_scores(model, blocks) -> list[tuple[float, int]]:
 def test_matched_perplexity_weighs_every_target_token_the_same(batch_size):
     model, blocks, rule = random_model("gpt_neox"), blocks_of(5), KVCompression(CL, CR)
     with torch.no_grad(), compressed_attention(model, rule=rule):
-        score = perplexity.evaluate(
-            model, blocks, rule, accelerate.Accelerator(), batch_size=batch_size, protocol="matched"
-        )
+        score = evaluate(model, blocks, rule, batch_size=batch_size, protocol="matched")
         slow = slow_scores(model, blocks)
     assert score.num_targets == sum(count for _, count in slow) == 5 * 23
     assert score.nll == pytest.approx(sum(loss for loss, _ in slow) / score.num_targets, rel=1e-5)
@@ -51,13 +54,18 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     blocks.plan = None  # sentinels in the blocks, so that blocks differ in their number of targets
     blocks.tokens[0, [2, 5, 8, 10]] = torch.tensor([CL, CR, CL, CR])
     with torch.no_grad(), compressed_attention(model, rule=rule):
-        score = perplexity.evaluate(model, blocks, rule, accelerate.Accelerator(), batch_size=2, protocol="paper")
+        score = evaluate(model, blocks, rule, batch_size=2, protocol="paper")
         slow = slow_scores(model, blocks)
     batches = [slow[:2], slow[2:]]
     means = [sum(loss for loss, _ in batch) / sum(count for _, count in batch) for batch in batches]
     assert score.nll == pytest.approx(sum(means) / 2, rel=1e-5)
     assert score.nll_per_token == pytest.approx(sum(x for x, _ in slow) / sum(n for _, n in slow), rel=1e-5)
     assert score.nll != pytest.approx(score.nll_per_token, rel=1e-6)
+
+
+def test_blocks_of_like_length_share_a_batch():
+    assert perplexity.batches([5, 3, 5, 4, 3], 2) == [[1, 4], [3, 0], [2]]
+    assert perplexity.batches([7, 7, 7], 2) == [[0, 1], [2]]
 
 
 def test_perplexity_of_a_hopeless_model_is_infinite():

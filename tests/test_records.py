@@ -12,10 +12,9 @@ ABOUT = {"method": "kv_compression", "seed": 0}
 def test_records_are_appended_and_continued(tmp_path):
     path = tmp_path / "new" / "generation.jsonl"
     assert records.continue_file(path, ABOUT, overwrite=False) == set()
-    with records.appending(path) as append:
-        append(RECORD | {"text": "é\n"})
-        append(RECORD | {"index": 3})
-        append({"index": 4})  # nothing was continued: it is made again
+    records.append(path, [RECORD | {"text": "é\n"}, RECORD | {"index": 3}])
+    records.append(path, [{"index": 4}])  # nothing was continued: it is made again
+    records.append(path, [])
     assert records.continue_file(path, ABOUT, overwrite=False) == {0, 3}
     assert records.read(path) == ([RECORD | {"text": "é\n"}, RECORD | {"index": 3}, {"index": 4}], [])
     assert records.read_about(path) == ABOUT

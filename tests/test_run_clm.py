@@ -114,15 +114,16 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
 
     from kv_compression import experiment, presets, visibility
     from kv_compression.attention import compressed_attention
+    from kv_compression.loss import TokenLosses
     from kv_compression.perplexity import evaluate
 
     settings = presets.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    _, splits = experiment.prepare(settings, fresh, None, accelerator)
+    _, splits = experiment.read_blocks(settings, fresh, None, accelerator)
     rule = visibility.KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
-        score = evaluate(model, splits["test"], rule, accelerator, batch_size=4, protocol="matched")
+        score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
     assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
 
 

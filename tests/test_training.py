@@ -32,8 +32,12 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
 
 
 def run(model, blocks, rule, wanted):
+    accelerator = accelerate.Accelerator()
     with compressed_attention(model, rule=rule) as patch:
-        return training.train(model, blocks, patch, accelerate.Accelerator(), wanted, None)
+        prepared = training.prepare(model, accelerator, wanted)
+        report = training.train(prepared, blocks, patch, accelerator, wanted, None)
+        assert patch.rule == rule
+        return report
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -87,19 +91,28 @@ def test_the_schedule_reads_every_block_once_an_epoch():
     schedule = training.Schedule(wanted, 10, 1)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (2, 4)
     for epoch in (0, 1):
-        read = [schedule.micro_batches_of(step, 0) for step in (2 * epoch, 2 * epoch + 1)]
-        assert [len(micro) for micro in read] == [2, 2]
-        assert sorted(block for step in read for micro in step for block in micro) == list(range(10))
-    assert schedule.micro_batches_of(0, 0) != schedule.micro_batches_of(2, 0)
+        read = [schedule.blocks_of(step) for step in (2 * epoch, 2 * epoch + 1)]
+        assert [len(schedule.micro_batches(blocks)) for blocks in read] == [2, 2]
+        assert sorted(block for blocks in read for block in blocks) == list(range(10))
+    assert schedule.blocks_of(0) != schedule.blocks_of(2)
     assert training.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
 
 
-def test_processes_share_a_micro_batch():
-    one = training.Schedule(settings(per_device_train_batch_size=4), 16, 1)
-    two = training.Schedule(settings(per_device_train_batch_size=2), 16, 2)
-    for step in range(one.num_steps):
-        shared = [a + b for a, b in zip(two.micro_batches_of(step, 0), two.micro_batches_of(step, 1))]
-        assert shared == one.micro_batches_of(step, 0)
+@pytest.mark.parametrize("num_blocks", [16, 10, 3])
+def test_processes_read_together_what_one_reads_alone(num_blocks):
+    def data(size, processes):
+        schedule = training.Schedule(settings(per_device_train_batch_size=size), num_blocks, processes)
+        return [training.StepData(blocks_of(num_blocks), schedule, number, False) for number in range(processes)]
+
+    (one,), two = data(4, 1), data(2, 2)
+    for step in range(len(one)):
+        for alone, *parts in zip(one[step], two[0][step], two[1][step], strict=True):
+            read = [part for part in parts if (part.inputs["labels"] != -100).any()]
+            assert sum((part.blocks for part in read), []) == alone.blocks
+            targets = sum(int((part.inputs["labels"] != -100).sum()) for part in parts)
+            assert targets == alone.num_targets == parts[0].num_targets == parts[1].num_targets
+            lengths = [len(blocks_of(num_blocks)[block]) for block in alone.blocks] if step == 0 else []
+            assert lengths == sorted(lengths)
 
 
 def test_spans_are_redrawn_every_epoch_unless_fixed():
@@ -107,7 +120,7 @@ def test_spans_are_redrawn_every_epoch_unless_fixed():
         wanted = settings(fixed_spans=fixed, per_device_train_batch_size=1, gradient_accumulation_steps=1)
         schedule = training.Schedule(wanted, 1, 1)
         step = training.StepData(blocks_of(1), schedule, 0, fixed)[epoch]
-        return step[0]["input_ids"].tolist()
+        return step[0].inputs["input_ids"].tolist()
 
     assert block_zero(True, 0) == block_zero(True, 1)
     assert block_zero(False, 0) != block_zero(False, 1)
@@ -123,10 +136,7 @@ def test_scattered_keys_are_redrawn_every_epoch_and_the_rule_is_put_back():
                 seeds.append(self.seed)
             return super().mask_mod(input_ids)
 
-    model, rule = adapted(), Recorded(ratio=0.5, seed=7)
-    with compressed_attention(model, rule=rule) as patch:
-        training.train(model, blocks_of(4, 0.0), patch, accelerate.Accelerator(), settings(), None)
-        assert patch.rule == rule
+    run(adapted(), blocks_of(4, 0.0), Recorded(ratio=0.5, seed=7), settings())
     assert seeds == [7, 7, 8, 8]
 
 
@@ -134,29 +144,21 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     model = adapted()
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(RunError, match=r"loss is nan at step 1, blocks \[\["):
+    with pytest.raises(RunError, match=r"loss is nan at step 1, blocks \[\d"):
         run(model, blocks_of(), KVCompression(CL, CR), settings())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quick_dropout_drops_a_share_and_keeps_the_mean(dtype):
-    torch.manual_seed(0)
-    x = torch.ones(1000, 333, dtype=dtype, requires_grad=True)
-    dropout = training.QuickDropout(0.05)
-    out = dropout(x)
-    assert abs((out == 0).float().mean() - 0.05) < 2e-3
-    columns = (out == 0).float().view(-1, 4).mean(0) if out.numel() % 4 == 0 else None
-    assert columns is not None and (columns - 0.05).abs().max() < 4e-3  # every 16 of 64 bits alike
-    assert abs(out.float().mean() - 1) < 5e-3
-    out.sum().backward()
-    assert torch.equal(x.grad, out.detach())
-    assert dropout.eval()(x) is x
-    assert torch.equal(training.QuickDropout(0.0)(x), x)
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_what_makes_it_faster_or_smaller_changes_nothing_else(option, monkeypatch):
+    traced = torch.nn.Module.compile  # all but the code generator, which takes a minute
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *args, **kwargs: traced(*args, **kwargs, backend="aot_eager")
+    )
 
+    def loss(**changes):
+        return run(adapted(), blocks_of(), KVCompression(CL, CR), settings(**changes)).loss
 
-def test_lora_uses_quick_dropout():
-    found = [module for module in adapted().modules() if isinstance(module, torch.nn.Dropout)]
-    assert sum(isinstance(module, training.QuickDropout) and module.p == 0.05 for module in found) == 4
+    assert loss(**{option: True}) == pytest.approx(loss(), rel=1e-5)
 
 
 def test_sentinels_may_have_a_learning_rate_of_their_own():

@@ -219,3 +219,17 @@ def test_measure_of_the_baselines():
 def test_a_ratio_outside_the_range_is_refused(ratio):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         visibility.LocalAttention(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sink_tokens": 2, "recent_tokens": 4, "cr_tokens": 2, "cr_visibility": "context"}]
+)
+@pytest.mark.parametrize("method", visibility.METHODS)
+def test_no_rule_waits_for_the_device(method, options):
+    """A tensor without content cannot be asked for a value, so that asking for one fails here."""
+    documents = {"isolate_documents": True, "position_ids_by_document": True}
+    rule = visibility.METHODS[method](CL, CR, 0.5, 0, **options, **documents)
+    ids = torch.empty(3, 40, dtype=torch.long, device="meta")
+    mask = visibility.dense_mask(rule.visible(ids, torch.ones_like(ids)), *ids.shape, ids.device)
+    assert (mask.shape, mask.dtype) == ((3, 40, 40), torch.bool)
+    assert rule.position_ids(ids, torch.ones_like(ids)).shape == (3, 40)

@@ -1,0 +1,63 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kv_compression import errors, processes
+from kv_compression.errors import RunError, UsageError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_two_processes_without_an_accelerator_act_together(tmp_path):
+    """torchrun says nothing of the CPU: accelerate alone would have each process do everything."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "tests" / "acting_together.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert "ZeroDivisionError: process 1" in done.stderr
+    main, other = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 1))
+    assert [main.pop("first"), other.pop("first")] == [True, False]
+    assert main == other
+    assert main == {
+        "processes": 2,
+        "device": "cpu",
+        "divided": [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]],
+        "divided, fewer than processes": [[7, 0]],
+        "on the main process": 0,
+        "the main process fails": "UsageError: process 0",
+        "the other fails": "RunError: process 1",
+    }
+
+
+def test_one_process_does_everything_itself():
+    assert processes.divided(lambda items: [item + 1 for item in items], [1, 2, 3]) == [2, 3, 4]
+    assert processes.divided(list, []) == []
+    assert processes.on_main(max, 1, 2) == processes.one_first(max, 1, 2) == 2
+    failure = UsageError("no")
+    with pytest.raises(UsageError) as caught:
+        processes.one_first(lambda: (_ for _ in ()).throw(failure))
+    assert caught.value is failure
+
+
+def test_an_error_is_left_to_the_main_process(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def fail():
+        raise RunError("no\n way")
+
+    places = {("0", "0"): [], ("8", "0"): [errors.LAST_WORDS], ("1", "1"): [2 * errors.LAST_WORDS]}
+    for (rank, local_rank), pauses in places.items():
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        waited.clear()
+        assert errors.run_script(fail) == 1
+        assert waited == pauses  # then the launcher has ended the process, or it has failed alone
+        assert capsys.readouterr().err == "error: no way\n"
