@@ -4,8 +4,9 @@ Parses flags, calls `kv_compression.experiment`, prints. `python run_clm.py --he
 """
 
 import sys
+from pathlib import Path
 
-from kv_compression.errors import Parser, quiet_libraries, ratio, run_script
+from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
 METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention"]
 
@@ -65,6 +66,8 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--checkpoints_to_keep", type=int, help="(2)")
     add("--resume_from_checkpoint", nargs="?", const="latest", choices=["latest"], help="go on where a run broke off")
     add("--overwrite", action="store_true", help="replace what the output folder holds")
+    add("--push_to_hub", nargs="?", const="", metavar="REPO", help="upload the finished run (named as its folder)")
+    add("--hub_private", action="store_true", default=None, help="a repository that --push_to_hub makes is private")
     flags = vars(parser.parse_args(argv))
     if flags["lora_target_modules"]:
         flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
@@ -74,8 +77,11 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
 def main() -> None:
     """Run what the flags ask for, or show the same run's results if they are there."""
     flags, overwrite, resume = parse()
+    asked, private = flags.pop("push_to_hub"), flags.pop("hub_private")
+    if private and asked is None:
+        raise UsageError("--hub_private needs --push_to_hub")
     quiet_libraries()
-    from kv_compression import experiment, presets, processes, results
+    from kv_compression import experiment, hub, model_card, presets, processes, results
 
     state = processes.state()
 
@@ -88,7 +94,14 @@ def main() -> None:
     found = processes.on_main(experiment.finished, settings, overwrite, resume)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-    say(results.summary(found or experiment.run(settings, resume and not overwrite)))
+    folder = Path(settings.output_dir)
+    # Before hours of training, not behind them.
+    repository = None if asked is None else processes.on_main(hub.destination, asked, folder)
+    found = found or experiment.run(settings, resume and not overwrite)
+    say(results.summary(found))
+    if repository and state.is_main_process:
+        model_card.write_card(folder, found, repository)
+        say(f"uploaded to {hub.push(folder, repository, private)}")
     state.destroy_process_group()
 
 

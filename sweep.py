@@ -14,7 +14,7 @@ import run_clm
 from kv_compression.errors import Parser, RunError, UsageError, quiet_libraries, ratio, run_script
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only")
+SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
 FILES = ("train_file", "validation_file", "test_file")
 OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size")
 

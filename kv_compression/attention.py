@@ -42,7 +42,10 @@ AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
 class Patch:
-    """A rule at work in a model. `rule` may be exchanged at any time; `remove()` leaves the model as it was."""
+    """A rule at work in a model. `rule` may be exchanged at any time; `remove()` leaves the model as it was.
+
+    A with-block removes it at its end.
+    """
 
     def __init__(self, decoder: nn.Module, rule: Rule):
         self.decoder = decoder
@@ -59,6 +62,12 @@ class Patch:
             hook.remove()
         if getattr(self.decoder, "_sentinel_patch", None) is self:
             del self.decoder._sentinel_patch
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
 
     def _derive(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replace the attention mask and the position ids of a forward call."""

@@ -5,6 +5,7 @@ the keys it holds the new tokens see and which position ids they get; after the 
 later token can see, in all layers. Which these are is the `visibility.Rule`'s to say; nothing here knows a method.
 """
 
+import copy
 import json
 import weakref
 from dataclasses import asdict, dataclass
@@ -65,6 +66,15 @@ class SentinelCache(Cache):
     the keys held.
 
     With `cl_id` and `cr_id` the rule is KV compression; `rule` names any other. The patch must be of the same rule.
+
+    Example, with sentinels in `input_ids` `(batch, length)`::
+
+        with attach(model, tokenizer) as patch:
+            cache = SentinelCache(rule=patch.rule)
+            model.generate(input_ids, past_key_values=cache)
+        cache.length, cache.logical_length, cache.bytes, cache.removed_fraction
+        cache.save("prefix.safetensors")
+        cache = SentinelCache.load("prefix.safetensors")
     """
 
     def __init__(self, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None):
@@ -358,6 +368,27 @@ class SentinelCache(Cache):
             for name in PER_SLOT + PER_ROW:
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
+    def followed_by(self, input_ids: Tensor) -> dict:
+        """What `model.generate` takes to go on behind this cache with new tokens `(batch, new)`, at least one.
+
+        That goes on in a copy, so that the cache can be followed by something else afterwards; the keys are shared, as
+        no key ever changes. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
+        that the cache has read::
+
+            output = model.generate(**cache.followed_by(question), max_new_tokens=64)
+        """
+        if not input_ids.shape[1]:
+            raise ValueError("give at least one new token: the cache keeps no scores for what it has read")
+        if self.slots and len(input_ids) != len(self.kinds):
+            raise ValueError(f"the cache holds {len(self.kinds)} rows, but {len(input_ids)} were given")
+        read = input_ids.new_ones(len(input_ids), self.get_seq_length() + input_ids.shape[1])
+        own = copy.copy(self)
+        own.layers = [copy.copy(layer) for layer in self.layers]
+        inputs = {"input_ids": input_ids, "attention_mask": read, "past_key_values": own}
+        if self.rule.uses_sentinels:
+            inputs["suppress_tokens"] = [self.rule.cl_id, self.rule.cr_id]
+        return inputs
+
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to read it back with `load` under the same model."""
         tensors = {
@@ -440,6 +471,13 @@ class Budget:
     has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be removed.
     `max_length` is kept always: where folding is not enough the oldest keys are dropped, and memory is bounded however
     much is generated. (This project.)
+
+    Example, for text that comes in pieces of token ids `(batch, length)`::
+
+        budget = Budget(max_length=512)  # or ratio=0.9
+        for piece in pieces:
+            logits = model(input_ids=piece, past_key_values=cache).logits
+            budget.enforce(cache)
     """
 
     max_length: int | None = None

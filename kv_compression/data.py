@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
 
 from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.hub import check_hub
 from kv_compression.information import unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
 from kv_compression.spans import exact_spans, most_removable, paper_spans, widest_window
@@ -57,23 +57,6 @@ def load_file(path: str, split: str, flag: str | None = None) -> datasets.Datase
             raise UsageError(f"{source} holds no text") from error
         raise RunError(f"{source} cannot be read as {file.suffix}: {reason}") from error
     return with_text(rows, path)
-
-
-def check_hub(name: str, kind: str, instead: str) -> None:
-    """Raise RunError unless the hub answers for a "model" or "dataset"; says nothing where the user works offline.
-
-    Asked once and briefly: the libraries' own downloads try again for a minute before they give up. `instead` says
-    which flags take something local.
-    """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except Exception as error:
-        raise RunError(
-            f"the {kind} {name} could not be reached on the Hugging Face hub ({one_line(error)}): use {instead}; "
-            "HF_HUB_OFFLINE=1 uses what was downloaded before"
-        ) from error
 
 
 def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:

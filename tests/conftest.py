@@ -13,10 +13,13 @@ CACHE = tempfile.mkdtemp(prefix="kv-compression-tests-")  # no test reads or fil
 os.environ["HF_HOME"] = os.environ["XDG_CACHE_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
 import transformers
+
+from tests.stand_in_hub import StandInHub
 
 NOUNS = ["cat", "dog", "bird", "house", "garden", "river", "teacher"]
 WORDS = [*NOUNS, "the", "a", "one", "two", "old", "young", "red", "quick", "sees", "hears", "follows", "in", "near"]
@@ -62,6 +65,20 @@ def write_tiny_model(folder, positions: int = 128) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A hub without repositories, open to this process: token w may write, r may read, both are someone's."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "w")
+    with StandInHub(tmp_path / "hub", tokens={"w": ("someone", "write"), "r": ("someone", "read")}) as hub:
+        files = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        huggingface_hub.utils.close_session()
+        yield hub
+    huggingface_hub.utils.close_session()
 
 
 @pytest.fixture(scope="session")

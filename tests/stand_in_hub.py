@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: serves repositories from folders on a loopback port.
+"""A stand-in for the Hugging Face hub: serves repositories from folders on a loopback port, and takes them.
 
 It answers what transformers, datasets and huggingface_hub ask for when they load a public model or dataset:
 
@@ -7,9 +7,18 @@ It answers what transformers, datasets and huggingface_hub ask for when they loa
 - `/<owner>/<name>/resolve/<revision>/<file>`: a file
 
 Datasets are the same below `/api/datasets` and `/datasets`. Every repository has one commit, known as `main`
-and by its hash. All else is answered 404, as the hub answers it.
+and by its hash. And what huggingface_hub asks for when it uploads a folder:
+
+- `/api/whoami-v2`: whose token it is
+- `/api/repos/create`: a new model, in the user's own namespace
+- `/api/validate-yaml`: whether a card begins with metadata
+- `/api/models/<owner>/<name>/preupload/main`: how every file is to be sent; the answer is always as it is
+- `/api/models/<owner>/<name>/commit/main`: the files, a line of JSON each
+
+All else is answered 404, as the hub answers it.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -17,18 +26,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 class StandInHub:
     """Serves the folders `models/<owner>/<name>` and `datasets/<owner>/<name>` below `root` while the context is open.
 
     `broken` maps repositories, as `datasets/<owner>/<name>`, to the error status that they answer everything with.
-    `requests` lists what was asked for, as `GET /api/models/...`; set HF_ENDPOINT to `endpoint`.
+    `requests` lists what was asked for, as `GET /api/models/...`; set HF_ENDPOINT to `endpoint`. `tokens` maps a token
+    to the name of its user and its role, "read" or "write"; `private` has the repositories that were made so.
     """
 
-    def __init__(self, root: Path, broken: dict[str, int] | None = None):
+    def __init__(self, root: Path, broken: dict[str, int] | None = None, tokens: dict[str, tuple] | None = None):
         self.root = root
         self.broken = broken or {}
+        self.tokens = tokens or {}
         self.requests: list[str] = []
+        self.private: set[str] = set()
 
     def __enter__(self):
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -60,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = unquote(address.path).strip("/").split("/")
         is_api = parts[0] == "api"
         parts = parts[is_api:]
+        if is_api and parts == ["whoami-v2"]:
+            return self.whoami()
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         repository = "/".join([kind, *parts[:2]])
         if repository in hub.broken:
@@ -85,6 +101,59 @@ class _Handler(BaseHTTPRequestHandler):
         return self.refuse("EntryNotFound")
 
     do_HEAD = do_GET
+
+    def do_POST(self):
+        hub = self.server.hub
+        hub.requests.append(f"{self.command} {self.path}")
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")[1:]
+        if parts == ["validate-yaml"]:
+            begun, metadata, *_ = json.loads(content)["content"].split("---\n", 2)
+            good = not begun and isinstance(yaml.safe_load(metadata), dict)
+            return self.answer(200, _json({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}))
+        owner, role = self.user() or (None, None)
+        if parts == ["repos", "create"]:
+            asked = json.loads(content)
+            repository = f"models/{asked['organization']}/{asked['name']}"
+            if role != "write" or asked["organization"] != owner:
+                return self.answer(403, _json({"error": "You don't have the rights to create a model there"}))
+            made = not (hub.root / repository).exists()
+            if made:
+                (hub.root / repository).mkdir(parents=True)
+                (hub.root / repository / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+                hub.private |= {repository} if asked.get("visibility") == "private" else set()
+            address = f"{hub.endpoint}/{asked['organization']}/{asked['name']}"
+            return self.answer(200 if made else 409, _json({"url": address}))
+        repository = "/".join(parts[:3])
+        if repository in hub.broken or role != "write" or parts[1] != owner:
+            return self.answer(hub.broken.get(repository, 403), _json({"error": "You may not write there"}))
+        if parts[3:] == ["preupload", "main"]:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(content)["files"]
+            ]
+            return self.answer(200, _json({"files": files}))
+        if parts[3:] == ["commit", "main"]:
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    path = hub.root / repository / line["value"]["path"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            commit = hub.commit(repository)
+            address = f"{hub.endpoint}/{parts[1]}/{parts[2]}/commit/{commit}"
+            return self.answer(200, _json({"commitUrl": address, "commitOid": commit}))
+        return self.refuse("EntryNotFound")
+
+    def user(self) -> tuple[str, str] | None:
+        """Who asks, and what for the token is good."""
+        return self.server.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def whoami(self) -> None:
+        """Answer whose the token is, 401 if nobody's."""
+        if self.user() is None:
+            return self.answer(401, _json({"error": "Invalid username or password."}))
+        name, role = self.user()
+        self.answer(200, _json({"type": "user", "name": name, "auth": {"accessToken": {"role": role}}}))
 
     def refuse(self, reason: str) -> None:
         """Answer 404 with the hub's word for what is missing."""

@@ -498,3 +498,32 @@ def test_misuse_is_refused():
         model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="holds 1 rows"):
             model(ids.repeat(2, 1), past_key_values=cache)
+
+
+def test_rows_that_compress_differently_are_followed_as_if_they_were_alone():
+    model = MODELS["gpt_neox", torch.float64]
+    rows = [[5, 6, CL, 7, 8, 9, CR, 10], [11, CL, 12, 13, CR]]
+    question = torch.tensor([[20, 21], [22, 23]])
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    with compressed_attention(model, rule=KV) as patch:
+        cache = SentinelCache(rule=patch.rule)
+        ids, real = padded(rows)
+        model(ids, attention_mask=real, past_key_values=cache)
+        together = model.generate(**cache.followed_by(question), **settings)
+        assert together.tolist() == model.generate(**cache.followed_by(question), **settings).tolist()
+        for row, new, found in zip(rows, question, together):
+            alone = SentinelCache(rule=KV)
+            model(torch.tensor([row]), past_key_values=alone)
+            assert model.generate(**alone.followed_by(new[None]), **settings)[0].tolist() == found.tolist()
+
+        def wants_sentinels(module, inputs, output):
+            output[..., [CL, CR]] += 100
+            return output
+
+        handle = model.get_output_embeddings().register_forward_hook(wants_sentinels)
+        assert not {CL, CR} & set(model.generate(**cache.followed_by(question), **settings).flatten().tolist())
+        handle.remove()
+        with pytest.raises(ValueError, match="holds 2 rows, but 1 were given"):
+            cache.followed_by(question[:1])
+        with pytest.raises(ValueError, match="at least one new token"):
+            cache.followed_by(question[:, :0])

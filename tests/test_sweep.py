@@ -419,6 +419,7 @@ def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
         (["--output_dir", "x"], "--output_dir is not for sweeps"),
         (["--eval_only"], "--eval_only is not for sweeps"),
         (["--overwrite"], "--overwrite is not for sweeps"),
+        (["--push_to_hub"], "--push_to_hub is not for sweeps"),
         (["--folder", __file__], "is a file"),
     ],
 )

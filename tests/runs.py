@@ -1,0 +1,44 @@
+"""Finished runs of run_clm.py with tiny models, in a second or two each."""
+
+import json
+from pathlib import Path
+
+import transformers
+from accelerate.state import AcceleratorState
+
+from kv_compression import experiment, presets
+from tests.conftest import sentences, write_tiny_model
+
+KV = {"method": "kv_compression", "bound_ratio": 0.5, "max_span_length": 8, "sentinel_learning_rate": 0.1}
+
+
+def write_texts(folder: Path) -> dict[str, str]:
+    """Texts to train on and to test with, as flags by name."""
+    files = {}
+    for seed, split in enumerate(["train", "test"]):
+        path = folder / f"{split}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(20, seed)))
+        files[f"{split}_file"] = str(path)
+    return files
+
+
+def write_tied_model(folder: Path) -> str:
+    """A Llama whose output embedding is its input embedding."""
+    write_tiny_model(folder)
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(folder))
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, max_position_embeddings=128, tie_word_embeddings=True, **shape, **ends
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def make_run(folder: Path, model: str, **flags) -> str:
+    """A finished run in `folder`, of KV compression unless the flags say otherwise."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny = {"preset": "embedded", "mixed_precision": "no", "block_size": 32, "max_train_steps": 4, "max_eval_blocks": 4}
+    tiny |= {"model_name_or_path": model, "learning_rate": 0.01, "skip_untrained": True}
+    experiment.run(presets.resolve(tiny | write_texts(folder.parent) | flags | {"output_dir": str(folder)}))
+    return str(folder)

@@ -1,0 +1,276 @@
+"""The package as other people's code uses it: plain transformers, plain peft, and the four names."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+import kv_compression as kvc
+from kv_compression import experiment, library
+from kv_compression.attention import compressed_attention
+from kv_compression.errors import RunError, UsageError
+from kv_compression.generation import prefill
+from kv_compression.sentinels import insert_sentinels
+from kv_compression.visibility import KVCompression, LocalAttention
+from tests.conftest import sentences
+from tests.runs import KV, make_run, write_tied_model
+
+ROOT = Path(__file__).parent.parent
+TEXT = sentences(1, seed=9)[0]
+OPTIONS = {"sink_tokens": 2, "recent_tokens": 3, "cr_tokens": 2, "cr_visibility": "context"}
+RUNS = {
+    "kv": KV,
+    "options": KV | OPTIONS,
+    "tied": KV,
+    "sinks": {"method": "sink_attention", "bound_ratio": 0.5},
+    "scattered": {"method": "scattered_attention", "bound_ratio": 0.5},
+    "full": {"method": "full_attention"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_model, tmp_path_factory) -> dict[str, str]:
+    return dict.fromkeys(RUNS, tiny_model) | {"tied": write_tied_model(tmp_path_factory.mktemp("tied"))}
+
+
+@pytest.fixture(scope="module")
+def runs(bases, tmp_path_factory):
+    """The folder of each of RUNS, made when it is asked for first."""
+    made = {}
+
+    def run(name: str) -> str:
+        if name not in made:
+            made[name] = make_run(tmp_path_factory.mktemp(name) / "run", bases[name], **RUNS[name])
+        return made[name]
+
+    return run
+
+
+def load(folder: str, base: str, order: str = "attach"):
+    """A run as others load it: tokenizer, model, patch."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if order == "auto":
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        return tokenizer, model, kvc.attach(model, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    if order == "resize":
+        rows = model.get_input_embeddings().weight.shape[0]
+        model.resize_token_embeddings(len(tokenizer))
+        with torch.no_grad():  # whatever the new rows are before the adapter comes
+            for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+                embedding.weight[rows:] = 3.0
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+        return tokenizer, model, kvc.attach(model, folder)
+    patch = kvc.attach(model, folder)
+    return tokenizer, peft.PeftModel.from_pretrained(model, folder).eval(), patch
+
+
+@torch.no_grad()
+def logits_of(model, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
+    """The logits of the run's own model under the rule of its own settings."""
+    _, model, results = experiment.load_run(folder, "no")
+    sentinels = results["sentinels"] or {"cl_id": -1, "cr_id": -1}
+    with compressed_attention(model, rule=experiment.recorded_settings(results, folder).rule(**sentinels)):
+        return logits_of(model, ids)
+
+
+def marked(tokenizer, rule) -> list[int]:
+    tokens = tokenizer(TEXT)["input_ids"]
+    if not rule.uses_sentinels:
+        return tokens
+    return insert_sentinels(tokens, [(3, 9), (10, 14), (20, 27)], rule.cl_id, rule.cr_id, rule.cr_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("kv", "attach"), ("kv", "resize"), ("kv", "auto"), ("tied", "attach"), ("tied", "resize"), ("tied", "auto")]
+    + [(name, "auto") for name in ("options", "sinks", "scattered", "full")],
+)
+def test_one_line_on_top_of_plain_peft_gives_the_logits_of_the_run(runs, bases, name, order):
+    folder = runs(name)
+    tokenizer, model, patch = load(folder, bases[name], order)
+    assert {option: getattr(patch.rule, option) for option in OPTIONS} == {
+        option: RUNS[name].get(option, getattr(KVCompression, option)) for option in OPTIONS
+    }
+    ids = marked(tokenizer, patch.rule)
+    expected = expected_logits(folder, ids)
+    torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=0)
+    patch.remove()
+    if name != "full":
+        assert (logits_of(model, ids) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["kv", "tied"])
+def test_a_model_with_its_adapter_merged_keeps_what_was_trained(runs, bases, name):
+    folder = runs(name)
+    tokenizer, model, patch = load(folder, bases[name], "resize")
+    patch.remove()
+    merged = model.merge_and_unload()
+    with kvc.attach(merged, folder) as patch:
+        ids = marked(tokenizer, patch.rule)
+        torch.testing.assert_close(logits_of(merged, ids), expected_logits(folder, ids), atol=1e-5, rtol=0)
+
+
+def test_the_example_of_the_package_runs(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = [line[4:] for line in kvc.__doc__.splitlines() if line.startswith("    ")]
+    names = {"run": runs("kv"), "text": TEXT}
+    exec("\n".join(example), names)
+    read = names["tokenizer"](TEXT)["input_ids"]
+    cache = names["cache"]
+    assert cache.logical_length == len(read)
+    assert cache.length == len(read) - round(0.9 * len(read))
+    assert names["output"].shape[1] == names["question"].shape[1] + 20
+
+
+@pytest.mark.parametrize("name", ["kv", "options", "sinks", "scattered"])
+def test_generation_goes_on_from_a_compressed_text_as_if_it_were_read_again(runs, bases, tmp_path, name):
+    tokenizer, model, patch = load(runs(name), bases[name])
+    cache = kvc.compress(model, tokenizer, TEXT)
+    assert 0.3 < cache.removed_fraction < 0.7
+    question = tokenizer(" the cat sees", return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
+    held, read = cache.length, cache.get_seq_length()
+    first = model.generate(**cache.followed_by(question), **settings)
+    assert (cache.length, cache.get_seq_length()) == (held, read)  # to be used again
+    assert first[:, : question.shape[1]].tolist() == question.tolist()
+
+    cache.save(tmp_path / "prefix.safetensors")
+    again = kvc.SentinelCache.load(tmp_path / "prefix.safetensors")
+    assert model.generate(**again.followed_by(question), **settings).tolist() == first.tolist()
+
+    ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, 25, 0)
+    whole, new = torch.tensor([ids + question[0].tolist()]), []
+    for _ in range(12):
+        with torch.no_grad():
+            scores = model(whole, use_cache=False).logits[0, -1]
+        if patch.rule.uses_sentinels:
+            scores[[patch.rule.cl_id, patch.rule.cr_id]] = -torch.inf
+        scores[0] = -torch.inf  # end-of-text, before 12 tokens
+        new.append(int(scores.argmax()))
+        whole = torch.cat([whole, torch.tensor([new[-1:]])], dim=1)
+    assert first[0, question.shape[1] :].tolist() == new
+
+
+def test_a_text_is_compressed_by_exactly_the_ratio_at_places_that_the_seed_fixes(runs, bases):
+    tokenizer, model, _ = load(runs("kv"), bases["kv"])
+    tokens = len(tokenizer(TEXT)["input_ids"])
+    for ratio in (0, 0.3, 0.9):
+        assert kvc.compress(model, tokenizer, TEXT, ratio).length == tokens - round(ratio * tokens)
+    keys = [kvc.compress(model, tokenizer, TEXT, 0.3, seed=seed).layers[1].keys for seed in (0, 0, 1)]
+    assert torch.equal(keys[0], keys[1])
+    assert not torch.equal(keys[0], keys[2])
+    chunked = kvc.compress(model, tokenizer, TEXT, 0.3, chunk=7)
+    torch.testing.assert_close(chunked.layers[1].keys, keys[0], atol=1e-5, rtol=0)
+
+
+def test_a_window_gives_way_where_the_text_is_short(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    kvc.attach(model, tokenizer, sink_tokens=2, recent_tokens=100)
+    cache = kvc.compress(model, tokenizer, TEXT, 0.8)
+    read = cache.logical_length
+    assert cache.length > read - round(0.8 * read)
+    with torch.no_grad():
+        model(torch.full((1, 101), 5), past_key_values=cache, use_cache=True)
+    assert cache.length == read - round(0.8 * read) + 101
+
+
+@pytest.mark.parametrize("options", [{}, {"sink_tokens": 1, "recent_tokens": 4}])
+def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = len(tokenizer)
+    with kvc.attach(model, tokenizer, **options) as patch:
+        assert patch.rule == KVCompression(tokens, tokens + 1, **options)
+        assert model.get_input_embeddings().weight.shape[0] == tokens + 2
+        cache = kvc.compress(model, tokenizer, TEXT, 0.5)
+        ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+        with torch.no_grad():
+            expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
+            found = prefill(model, torch.tensor([[7]]), cache)[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="attach"):
+        kvc.compress(model, tokenizer, TEXT, 0.5)
+
+
+def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):
+    shutil.copytree(runs("options"), stand_in.root / "models/someone/run")
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["options"])
+    with kvc.attach(model, "someone/run", revision="main") as patch:
+        assert patch.rule == library.rule_of(library.results_of(runs("options")))
+    with pytest.raises(RunError, match=r"there is no results\.json of someone/else on the Hugging Face hub"):
+        kvc.attach(model, "someone/else")
+    with pytest.raises(RunError, match="someone/run"):
+        kvc.attach(model, "someone/run", revision="v2")
+
+
+def test_bad_requests_take_one_line_and_change_nothing(runs, bases, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bases["kv"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["kv"])
+    rows = model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(ValueError, match="no option of KV compression: choose from sink_tokens"):
+        kvc.attach(model, tokenizer, sinks=1)
+    with pytest.raises(TypeError, match="or a tokenizer, not a LocalAttention"):
+        kvc.attach(model, LocalAttention(ratio=0.5))
+    with pytest.raises(ValueError, match="cr_visibility"):
+        kvc.attach(model, tokenizer, cr_visibility="all")
+    with pytest.raises(ValueError, match="the options are the run's"):
+        kvc.attach(model, runs("kv"), sink_tokens=1)
+    with pytest.raises(UsageError, match="no such folder"):
+        kvc.attach(model, str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match=r"holds no results\.json"):
+        kvc.attach(model, tmp_path)
+    assert model.get_input_embeddings().weight.shape[0] == rows
+    assert len(tokenizer) == rows
+
+    with kvc.attach(model, runs("kv")) as patch:
+        with pytest.raises(ValueError, match="patched already"):
+            kvc.attach(model, tokenizer)
+        assert len(tokenizer) == rows
+        with pytest.raises(ValueError, match="no text"):
+            kvc.compress(model, tokenizer, "")
+        with pytest.raises(ValueError, match=r"can remove .*: lower the ratio"):
+            kvc.compress(model, tokenizer, TEXT, 0.99)
+        with pytest.raises(ValueError, match="below 1"):
+            kvc.compress(model, tokenizer, TEXT, 1.0)
+        with pytest.raises(ValueError, match="max_span_length must be at least 2"):
+            kvc.compress(model, tokenizer, TEXT, 0.5, max_span_length=1)
+        with pytest.raises(ValueError, match="reserved"):
+            kvc.compress(model, transformers.AutoTokenizer.from_pretrained(runs("kv")), "a <CL> b", 0.5)
+        patch.rule = LocalAttention(ratio=0.5)
+        with pytest.raises(ValueError, match="attached at ratio 0.5"):
+            kvc.compress(model, tokenizer, TEXT, 0.9)
+    with kvc.attach(model, tokenizer), pytest.raises(ValueError, match="say how much"):
+        kvc.compress(model, tokenizer, TEXT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sentinels": None}, {"sentinels": {"cl_id": "x", "cr_id": 1}}, {"sentinels": {"cl_id": -5, "cr_id": 1}}]
+    + [{"method": "magic"}, {"settings": []}, {"settings": {"sink_tokens": "three"}}, {"bound_ratio": 7}],
+)
+def test_damaged_results_are_told(runs, bases, tmp_path, change):
+    results = library.results_of(runs("kv")) | change
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["kv"])
+    with pytest.raises(RunError, match=r"results\.json of .* is damaged"):
+        kvc.attach(model, tmp_path)
+
+
+def test_the_package_is_light_until_it_is_used():
+    program = "import sys, kv_compression as kvc\nprint('torch' in sys.modules, sorted({*kvc.__all__} & {*dir(kvc)}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False ['Budget', 'SentinelCache', 'attach', 'compress']"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        kvc.no_such_name  # noqa: B018
