@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--seed", type=int, help="(0)")
     add(
         "--attn_implementation",
-        choices=["auto", "grouped", "sdpa", "flex_attention", "eager"],
+        choices=["auto", "grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"],
         help="grouped on a CPU, else sdpa (auto)",
     )
     add("--mixed_precision", choices=["auto", "no", "bf16"], help="bf16 where the hardware has it (auto)")

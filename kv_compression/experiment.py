@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 
 from kv_compression import presets, processes
-from kv_compression.attention import compressed_attention
+from kv_compression.attention import FLEX, SORTED_FLEX, compressed_attention
 from kv_compression.checkpoints import FOLDER, Checkpoints
 from kv_compression.data import (
     OFFLINE,
@@ -281,8 +281,9 @@ def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase
         )
     except Exception as error:  # loaders raise whatever their parsers do
         raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
-    if settings.attn_implementation == "flex_attention" and not torch.cuda.is_available() and not settings.eval_only:
-        raise UsageError("flex_attention cannot train on a CPU: use --attn_implementation sdpa")
+    name = settings.attn_implementation
+    if name in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
+        raise UsageError(f"{name} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
     return tokenizer, model, None if os.path.isdir(local) else _commit(name)

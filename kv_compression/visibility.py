@@ -241,6 +241,11 @@ def within(rule: MaskMod, attention_mask: Tensor, isolate_documents: bool = Fals
     return padded_rule
 
 
+def in_order(rule: MaskMod, order: Tensor) -> MaskMod:
+    """`rule` for keys of which the k-th is the key `order[b, k]`, long `(batch, length)`."""
+    return lambda b, h, q, k: rule(b, h, q, order[b, k])
+
+
 def dense_mask(rule: MaskMod, batch: int, length: int, device=None) -> Tensor:
     """The rule as a bool mask `(batch, length, length)`, True where query (row) may attend to key (column)."""
     return _rows(rule, batch, length, 0, device)
@@ -415,6 +420,10 @@ class Rule:
         before = torch.where(begins, count - text, 0).cummax(-1).values
         return (count - before - 1).clamp(min=0)
 
+    def key_order(self, input_ids: Tensor) -> Tensor:
+        """An order of the keys, long `(batch, length)`, in which those that are seen alike stand together."""
+        return torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
+
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Cache entries gone when the last token has been read, long `(batch,)`."""
         return torch.zeros_like(input_ids[:, 0])
@@ -470,6 +479,11 @@ class KVCompression(Rule):
             cr_visibility=self.cr_visibility,
             recent_tokens=self.recent_tokens,
         )
+
+    def key_order(self, input_ids: Tensor) -> Tensor:
+        _, last = span_bounds(input_ids, self.cl_id, self.cr_id, self.cr_tokens)
+        lasting = (input_ids == self.cr_id) | ((last < 0) & (input_ids != self.cl_id))
+        return (~lasting).long().argsort(dim=-1, stable=True)
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         _, last = span_bounds(input_ids, self.cl_id, self.cr_id, self.cr_tokens)

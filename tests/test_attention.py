@@ -48,17 +48,20 @@ def flex_attention_on_a_cpu(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("rule", [KVCompression(CL, CR), *BASELINES], ids=lambda rule: rule.name)
+OPTIONS = KVCompression(CL, CR, sink_tokens=2, recent_tokens=3, cr_tokens=2, cr_visibility="context")
+
+
+@pytest.mark.parametrize("rule", [KVCompression(CL, CR), OPTIONS, *BASELINES], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "opt"])
 def test_implementations_agree_forward_and_backward(architecture, rule, flex_attention_on_a_cpu):
     logits, gradients = {}, {}
-    for implementation in ("eager", "sdpa", "grouped", "flex_attention"):
+    for implementation in ("eager", "sdpa", "grouped", "flex_attention", "sorted_flex_attention"):
         model = random_model(architecture, implementation)
         with compressed_attention(model, rule=rule):
             logits[implementation] = model(IDS, use_cache=False).logits
             logits[implementation].square().mean().backward()
         gradients[implementation] = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for implementation in ("sdpa", "grouped", "flex_attention"):
+    for implementation in ("sdpa", "grouped", "flex_attention", "sorted_flex_attention"):
         torch.testing.assert_close(logits[implementation], logits["eager"], rtol=1e-4, atol=1e-5)
         for name, gradient in gradients["eager"].items():
             torch.testing.assert_close(gradients[implementation][name], gradient, rtol=1e-3, atol=1e-5)
@@ -68,13 +71,14 @@ def test_implementations_agree_forward_and_backward(architecture, rule, flex_att
 def test_compiled_flex_attention_agrees_on_a_gpu():
     ids = IDS.repeat(1, 4).cuda()
     results = []
-    for implementation in ("sdpa", "flex_attention"):
+    for implementation in ("sdpa", "flex_attention", "sorted_flex_attention"):
         model = random_model("wide_llama", implementation).cuda()
         with compressed_attention(model, CL, CR):
             logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()
         results.append((logits, model.get_input_embeddings().weight.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-2)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "grouped"])

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_compression import visibility
+from kv_compression.sentinels import insert_sentinels
+from kv_compression.spans import exact_spans
 from tests import slow_rules
 from tests.layouts import CL, CR, batches, blocks, variants
 
@@ -241,3 +243,22 @@ def test_no_rule_waits_for_the_device(method, options):
     mask = visibility.dense_mask(rule.visible(ids, torch.ones_like(ids)), *ids.shape, ids.device)
     assert (mask.shape, mask.dtype) == ((3, 40, 40), torch.bool)
     assert rule.position_ids(ids, torch.ones_like(ids)).shape == (3, 40)
+
+
+@given(variants())
+def test_sorted_keys_are_the_same_keys(variant):
+    rule, _, block = variant
+    ids = torch.tensor([block])
+    order = rule.key_order(ids)
+    assert torch.equal(order.sort(-1).values, torch.arange(ids.shape[1]).expand_as(ids))
+    mask = visibility.dense_mask(rule.mask_mod(ids), *ids.shape)
+    moved = visibility.dense_mask(visibility.in_order(rule.mask_mod(ids), order), *ids.shape)
+    assert torch.equal(moved, mask.gather(2, order[:, None, :].expand_as(mask)))
+
+
+def test_sorted_keys_leave_tiles_empty():
+    rule = visibility.KVCompression(CL, CR)
+    ids = torch.tensor([insert_sentinels([5] * 2048, exact_spans(2048, 0.9, 25, 0), CL, CR)])
+    plain = visibility.block_mask(rule.mask_mod(ids), *ids.shape).sparsity()
+    moved = visibility.block_mask(visibility.in_order(rule.mask_mod(ids), rule.key_order(ids)), *ids.shape).sparsity()
+    assert plain < 50 < 80 < moved
