@@ -60,19 +60,17 @@ def main() -> None:
     from kv_compression.attention import compressed_attention
     from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
     from kv_compression.visibility import METHODS
+    from kv_compression.whole_files import file_name
 
     precision = flags.mixed_precision
     precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, results = experiment.load_run(flags.model_dir, precision)
-    method = METHODS[flags.method or results["method"]]
-    asked = results["bound_ratio"] if flags.bound_ratio is None else flags.bound_ratio
-    longest = flags.max_span_length or results["settings"]["max_span_length"]
+    tokenizer, model, trained = experiment.load_run(flags.model_dir, precision)
+    method = METHODS[flags.method or trained.method]
+    asked = trained.bound_ratio if flags.bound_ratio is None else flags.bound_ratio
+    longest = flags.max_span_length or trained.max_span_length
     ids = [tokenizer.get_vocab().get(token) for token in (CL_TOKEN, CR_TOKEN)]
     if method.uses_sentinels and None in ids:
-        raise UsageError(
-            f"{flags.model_dir} was trained with {results['method']}: it has no sentinels to compress with"
-        )
-    trained = experiment.recorded_settings(results, flags.model_dir)
+        raise UsageError(f"{flags.model_dir} was trained with {trained.method}: it has no sentinels to compress with")
     options = {"method": method.name, "bound_ratio": asked, "max_span_length": longest, "seed": flags.seed}
     if method.name != trained.method:
         options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
@@ -88,7 +86,7 @@ def main() -> None:
 
     if flags.docs_file:
         texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
-    elif results["preset"] == "embedded":
+    elif trained.preset == "embedded":
         texts = presets.embedded_text()["test"]["text"]
     else:
         texts = data.stream_c4(flags.seed)
@@ -102,11 +100,11 @@ def main() -> None:
     about = {
         "method": method.name,
         "bound_ratio": asked,
-        "protocol": results["protocol"],
-        "preset": results["preset"],
+        "protocol": trained.protocol,
+        "preset": trained.preset,
         "max_span_length": longest,
         **({"recent_tokens": settings.recent_tokens} if settings.recent_tokens else {}),
-        "model_dir": Path(flags.model_dir).name,
+        "model_dir": file_name(Path(flags.model_dir).name),
         "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,
         "mixed_precision": precision,

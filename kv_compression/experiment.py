@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets
+from kv_compression import presets, strict_json
 from kv_compression.attention import compressed_attention
 from kv_compression.checkpoints import FOLDER, Checkpoints
 from kv_compression.data import (
@@ -35,8 +34,9 @@ from kv_compression.data import (
     tokenize,
 )
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.fields import is_measured
 from kv_compression.information import cached_self_information
-from kv_compression.perplexity import evaluate
+from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.sentinels import add_sentinels
@@ -82,6 +82,7 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
 
 
 LOCK, UNTRAINED = "run.lock", "untrained.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MADE_BY_A_RUN = ("results.json*", "train.log", "tensorboard", "README.md", "adapter_*", "*token*.json", "*.jinja")
 _MADE_ON_THE_WAY = (LOCK, f"{UNTRAINED}*", FOLDER)
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
@@ -190,6 +191,8 @@ def _run(settings: Settings, resume: bool) -> dict:
         "python": platform.python_version(),
     }
     if accelerator.is_main_process:
+        if isinstance(tokenizer.chat_template, dict):  # its names would become names of files
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         try:
             model.save_pretrained(folder, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
@@ -211,10 +214,12 @@ def checkpoints_of(settings: Settings) -> Checkpoints:
 def read_untrained(folder: Path) -> dict | None:
     """The scores before fine-tuning that a run which was broken off has left, None if it has not."""
     try:
-        found = json.loads((folder / UNTRAINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = strict_json.read(folder / UNTRAINED)
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("perplexity"), float) else None
+    names = {field.name for field in fields(Evaluation)}
+    whole = isinstance(found, dict) and found.keys() == names and all(map(is_measured, found.values()))
+    return found if whole else None
 
 
 @contextmanager
@@ -272,23 +277,30 @@ def _commit(name: str) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, dict]:
-    """The tokenizer, the model with its adapter merged in and the results of a finished run of run_clm.py.
+def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
+    """The tokenizer, the model with its adapter merged in and the settings of a finished run of run_clm.py.
 
     Merging happens in fp32; under bf16 the merged weights are rounded once.
     """
     results = read_results(Path(folder))
     if results is None:
         raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
-    settings = replace(recorded_settings(results, folder), mixed_precision="no", eval_only=True)
-    tokenizer, model, _ = load_model(settings)
+    settings = recorded_settings(results, folder)
+    tokenizer, model, _ = load_model(replace(settings, mixed_precision="no", eval_only=True))
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
+    # Left to itself, peft looks for another file, which may be pickled, and then on the hub.
+    for name in ADAPTER:
+        if not (Path(folder) / name).is_file():
+            raise RunError(f"the adapter in {folder} cannot be loaded: there is no {name}")
     try:
-        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+        config = peft.PeftConfig.from_pretrained(folder)
+        if type(config) is not peft.LoraConfig or config.megatron_config:  # which names a module to import
+            raise ValueError("it is not of run_clm.py")
+        model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload().eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, results
+    return tokenizer, model.to(torch.bfloat16) if mixed_precision == "bf16" else model, settings
 
 
 def recorded_settings(results: dict, folder: str) -> Settings:

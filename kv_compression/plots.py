@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -173,6 +174,7 @@ def _bars(curves: Iterable[Curve]) -> str:
     return "bars: lowest to highest seed" if several else ""
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a "$" in a name is a dollar
 def draw(path: Path, panels: Sequence[Panel], note: str = "", share_y: bool = False) -> None:
     """Write the panels, side by side above one legend, as a PNG. RunError if the disk refuses.
 

@@ -6,7 +6,6 @@ the scripts' business, who carries it out that of `claims`.
 
 import ctypes
 import hashlib
-import json
 import shlex
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from kv_compression import data, experiment, generation, presets, records
+from kv_compression import data, experiment, generation, presets, records, strict_json
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.presets import Settings
@@ -193,7 +192,7 @@ def scoring(folder: Path, preset: str) -> Step:
 
     def done() -> bool:
         try:
-            found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+            found = strict_json.read(folder / "scores.json")
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False

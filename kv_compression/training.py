@@ -27,6 +27,7 @@ from kv_compression.cache import decoder_of
 from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks
 from kv_compression.errors import Interrupted, RunError, UsageError
+from kv_compression.fields import is_number
 from kv_compression.loss import TokenLosses
 from kv_compression.presets import Settings
 from kv_compression.sentinels import IGNORED
@@ -205,7 +206,7 @@ def train(
     steps = iter(DataLoader(Subset(data, range(done, schedule.num_steps)), batch_size=None, shuffle=False))
     tokens, losses, before = 0, [], 0.0
     if resume is not None:  # behind iter(), which draws a random number
-        tokens, losses, before = restore(resume, model, optimizer, scheduler)
+        tokens, losses, before = restore(resume, model, optimizer, scheduler, schedule.num_steps)
     token_losses.train()
     start = time.perf_counter() - before
     hide = not accelerator.is_local_main_process
@@ -283,8 +284,16 @@ def capture(model: nn.Module, optimizer, scheduler, tokens: int, losses: list[fl
     return tensors, {"tokens": tokens, "seconds": seconds, "scheduler": schedule}
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> tuple:
-    """Put everything back where `capture` found it; returns tokens, losses and seconds so far."""
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler, num_steps: int) -> tuple:
+    """Put everything back where `capture` found it; returns tokens, losses and seconds so far.
+
+    RunError, with nothing changed, if the checkpoint is not of such a model, or of a run of `num_steps`.
+    """
+    wrong = _mismatch(checkpoint, model, optimizer, scheduler, num_steps)
+    if wrong:
+        raise RunError(
+            f"the checkpoint of step {checkpoint.step} is not of this run ({wrong}): --overwrite starts again"
+        )
     tensors, state = checkpoint.tensors, checkpoint.state
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -303,6 +312,44 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> t
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return state["tokens"], tensors["losses"].tolist(), state["seconds"]
+
+
+def _mismatch(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler, num_steps: int) -> str:
+    """What of a checkpoint cannot be of a run that is set up like this one, "" if there is nothing."""
+    step, state, found = checkpoint.step, checkpoint.state, dict(checkpoint.tensors)
+    if not 0 < step < num_steps:
+        return f"a run has {num_steps} steps"
+    expected, of_start = capture(model, optimizer, scheduler, 0, [], 0.0)
+    expected["losses"] = torch.zeros(step, dtype=torch.float64)
+    for index, value in enumerate(value for group in optimizer.param_groups for value in group["params"]):
+        if f"optimizer.{index}.step" in found:  # else it never had a gradient
+            parts = {"step": torch.zeros(()), "exp_avg": value, "exp_avg_sq": value}
+            expected |= {f"optimizer.{index}.{part}": value for part, value in parts.items()}
+    if "random.cuda" not in expected.keys() & found.keys():  # a run may go on with another device
+        for tensors in (expected, found):
+            tensors.pop("random.cuda", None)
+    for name in sorted(expected.keys() | found.keys()):
+        here, there = expected.get(name), found.get(name)
+        if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
+            return name
+        if name.startswith("optimizer.") and name.endswith(".step") and not 0 < float(there) <= step:
+            return name
+    try:
+        for name in found.keys() & {"random", "random.cuda"}:
+            torch.Generator("cuda" if name == "random.cuda" else "cpu").set_state(found[name])
+    except RuntimeError:
+        return name
+    told = _built_alike(state, of_start) and state["scheduler"]["last_epoch"] == step
+    return "" if told and min(state["seconds"], state["tokens"]) >= 0 else "its state"
+
+
+def _built_alike(one, other) -> bool:
+    """Whether two values of JSON are the same but for their numbers."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_built_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_built_alike, one, other))
+    return one == other or (is_number(one) and is_number(other))
 
 
 @dataclass
