@@ -85,7 +85,7 @@ def main() -> None:
     )
 
     if flags.docs_file:
-        texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
+        texts = data.read_texts(flags.docs_file, "docs_file")
     elif trained.preset == "embedded":
         texts = presets.embedded_text()["test"]["text"]
     else:

@@ -37,13 +37,20 @@ TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins
 BLANKS = re.compile(r"\s*")
 
 
-def load_file(path: str, split: str, flag: str | None = None) -> datasets.Dataset:
-    """The rows of a local .jsonl, .json, .txt (a row a line) or .csv file; all but .txt need a column "text".
+def load_file(path: str, split: str) -> datasets.Dataset:
+    """The rows of the local file that --<split>_file names, as `read_texts` reads it."""
+    features = datasets.Features({"text": datasets.Value("large_string")})
+    return datasets.Dataset.from_dict({"text": read_texts(path, f"{split}_file")}, features)
 
-    Rows without a text are left out. `flag` is the one that named the file, for error messages (`<split>_file`).
-    UsageError or RunError, in one line, for whatever is no such file.
+
+def read_texts(path: str, flag: str) -> list[str]:
+    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file; all but .txt need a column "text".
+
+    Rows without a text are left out. UsageError or RunError, naming the `flag` that named the file, if it is no such
+    file. Read by Python's own parsers: those of `datasets` would unpack an archive, whatever its name ends in, and take
+    a text like "NA" for a missing one.
     """
-    file, source = Path(path), f"--{flag or f'{split}_file'} {path}"
+    file, source = Path(path), f"--{flag} {path}"
     if file.suffix not in READERS:
         raise UsageError(f"{source} cannot be read: expected a file that ends in {', '.join(READERS)}")
     if not file.is_file():
@@ -53,17 +60,18 @@ def load_file(path: str, split: str, flag: str | None = None) -> datasets.Datase
     try:
         rows = READERS[file.suffix](file.read_text(encoding="utf-8-sig"))
         texts = [row["text"] for row in rows if row.get("text") is not None]
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if texts and wrong is None:
-            features = datasets.Features({"text": datasets.Value("large_string")})
-            return datasets.Dataset.from_dict({"text": texts}, features)
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if not wrong:
+            "".join(texts).encode()  # JSON can tell of lone surrogates, which are no text
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise RunError(f"{source} cannot be read as {file.suffix}: {one_line(error)}") from error
-    if wrong is not None:
-        raise UsageError(f'the column "text" of {source} holds {type(wrong).__name__} values, not text')
+    if wrong:
+        raise UsageError(f'the column "text" of {source} holds {type(wrong[0]).__name__} values, not text')
     if rows:
         _check_columns(list(dict.fromkeys(itertools.chain(*rows))), source)
-    raise UsageError(f"{source} holds no text")
+    if not texts:
+        raise UsageError(f"{source} holds no text")
+    return texts
 
 
 def _json_rows(text: str) -> list[dict]:

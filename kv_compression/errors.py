@@ -28,7 +28,9 @@ LONGEST = 2000  # characters of a line
 
 def printable(text: str) -> str:
     """Text that may come from a file, as one line for a terminal: no control characters, and not endless."""
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+    line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 

@@ -64,7 +64,8 @@ def summary(results: dict) -> str:
     trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(_untrained(results))}"
     return (
         f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
-        f"({trained}), {results.get('num_targets')} tokens, removed {figure(results['removed_fraction'], 3)}, "
+        f"({trained}), {figure(results.get('num_targets'), 0)} tokens, "
+        f"removed {figure(results['removed_fraction'], 3)}, "
         f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
         f"protocol {results['protocol']}, seed {results['seed']}, {figure(results.get('wall_seconds'), 0)} s"
     )

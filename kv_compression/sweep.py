@@ -162,7 +162,7 @@ class Continuations:
         if self.mixed_precision != "auto":
             about["mixed_precision"] = self.mixed_precision
         if self.docs_file:
-            texts = data.load_file(self.docs_file, "test", "docs_file")["text"]
+            texts = data.read_texts(self.docs_file, "docs_file")
         elif preset == "embedded":
             texts = presets.embedded_text()["test"]["text"]
         else:

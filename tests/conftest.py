@@ -17,6 +17,8 @@ import tokenizers
 import torch
 import transformers
 
+from tests import fuzzing
+
 NOUNS = ["cat", "dog", "bird", "house", "garden", "river", "teacher"]
 WORDS = [*NOUNS, "the", "a", "one", "two", "old", "young", "red", "quick", "sees", "hears", "follows", "in", "near"]
 
@@ -61,3 +63,9 @@ def write_tiny_model(folder, positions: int = 128) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the readers were tried on, whatever the verbosity."""
+    for reader, tally in fuzzing.TALLIES.items():
+        terminalreporter.write_line(f"fuzzed {reader}: {tally}")
