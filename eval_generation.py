@@ -11,10 +11,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression import fields, strict_json
+from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
 from kv_compression.results import figure, write_json, write_text
+from kv_compression.whole_files import file_name
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
+SHOWN: fields.Fields = {  # what the table needs of a scores.json, besides the scores
+    "skipped": fields.is_counts,
+    "num_documents": fields.is_count,
+    "cache_fraction": fields.is_measured,
+    "perplexity_token_weighted": fields.is_measured,
+}
 
 
 def parse():
@@ -64,7 +72,7 @@ def main() -> None:
         scored[path] = scores
         trouble = "; ".join(f"{count} {reason}" for reason, count in scores["skipped"].items() if count)
         if trouble and state.is_main_process:
-            print(f"{path}: not scored: {trouble}")
+            print(printable(f"{path}: not scored: {trouble}"))
     if state.is_main_process:
         table = [row(path, scores) for path, scores in scored.items()]
         print(render(table))
@@ -91,18 +99,19 @@ def look_up(path: Path, flags) -> tuple:
 
 def scores_path(path: Path) -> Path:
     """scores.json beside generation.jsonl, scores_X.json beside X.jsonl."""
-    return path.with_name("scores.json" if path.stem == "generation" else f"scores_{path.stem}.json")
+    return path.with_name("scores.json" if path.stem == "generation" else f"scores_{file_name(path.stem)}.json")
 
 
 def read_scores(path: Path) -> dict | None:
     """Scores written before, None if there are none that can be read."""
-    import json
-
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = strict_json.read(path)
+        if not fields.has_all(content, fields.OF_SCORES | SHOWN):
+            return None
+        fields.check(content, fields.OF_SCORES | SHOWN, fields.OF_A_GENERATION)
+    except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and "documents" in content and "skipped" in content else None
+    return content
 
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
@@ -173,9 +182,10 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
     lines = []
     for one, other in itertools.combinations(scored.values(), 2):
         same = ["documents_sha256", "bertscore_model", "fluency_model"]
-        if "full_attention" not in (one["method"], other["method"]):
+        methods = [scores.get("method") for scores in (one, other)]
+        if "full_attention" not in methods:
             same.append("bound_ratio")
-        if one["method"] == other["method"] or any(one.get(name) != other.get(name) for name in same):
+        if None in methods or methods[0] == methods[1] or any(one.get(name) != other.get(name) for name in same):
             continue
         if one.get("documents_sha256") is None:
             continue
@@ -190,7 +200,7 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
                 first, second = zip(*both)
                 difference = (sum(first) - sum(second)) / len(both)
                 parts.append(f"{metric} {difference:+.4f} (p = {paired_p_value(first, second):.4f})")
-        ratio = max(one["bound_ratio"], other["bound_ratio"])
+        ratio = max(scores.get("bound_ratio") or 0 for scores in (one, other))
         lines.append(f"{one['method']} − {other['method']} at {ratio}: {', '.join(parts)}")
     return lines
 

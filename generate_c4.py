@@ -54,7 +54,7 @@ def pick(flags: argparse.Namespace, preset: str) -> list:
     from kv_compression import data, generation, presets
 
     if flags.docs_file:
-        texts = data.load_file(flags.docs_file, "test", "docs_file")["text"]
+        texts = data.read_texts(flags.docs_file, "docs_file")
     elif preset == "embedded":
         texts = presets.embedded_text()["test"]["text"]
     else:
@@ -72,21 +72,19 @@ def main() -> None:
     from kv_compression.attention import compressed_attention
     from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
     from kv_compression.visibility import METHODS
+    from kv_compression.whole_files import file_name
 
     state = processes.state()
     processes.load_whole_models()
     precision = flags.mixed_precision
     precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, results = processes.one_first(experiment.load_run, flags.model_dir, precision)
-    method = METHODS[flags.method or results["method"]]
-    asked = results["bound_ratio"] if flags.bound_ratio is None else flags.bound_ratio
-    longest = flags.max_span_length or results["settings"]["max_span_length"]
+    tokenizer, model, trained = processes.one_first(experiment.load_run, flags.model_dir, precision)
+    method = METHODS[flags.method or trained.method]
+    asked = trained.bound_ratio if flags.bound_ratio is None else flags.bound_ratio
+    longest = flags.max_span_length or trained.max_span_length
     ids = [tokenizer.get_vocab().get(token) for token in (CL_TOKEN, CR_TOKEN)]
     if method.uses_sentinels and None in ids:
-        raise UsageError(
-            f"{flags.model_dir} was trained with {results['method']}: it has no sentinels to compress with"
-        )
-    trained = experiment.recorded_settings(results, flags.model_dir)
+        raise UsageError(f"{flags.model_dir} was trained with {trained.method}: it has no sentinels to compress with")
     options = {"method": method.name, "bound_ratio": asked, "max_span_length": longest, "seed": flags.seed}
     if method.name != trained.method:
         options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
@@ -100,7 +98,7 @@ def main() -> None:
         flags.compress_generated,
     )
 
-    documents = processes.on_main(pick, flags, results["preset"])
+    documents = processes.on_main(pick, flags, trained.preset)
     if method.uses_sentinels and settings.protocol == "matched" and asked:
         # A window that fits a training block may leave a shorter prefix no room for spans.
         lengths = [len(tokenizer(document.prefix)["input_ids"]) for document in documents]
@@ -110,11 +108,11 @@ def main() -> None:
     about = {
         "method": method.name,
         "bound_ratio": asked,
-        "protocol": results["protocol"],
-        "preset": results["preset"],
+        "protocol": trained.protocol,
+        "preset": trained.preset,
         "max_span_length": longest,
         **({"recent_tokens": settings.recent_tokens} if settings.recent_tokens else {}),
-        "model_dir": Path(flags.model_dir).name,
+        "model_dir": file_name(Path(flags.model_dir).name),
         "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,
         "mixed_precision": precision,

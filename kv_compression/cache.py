@@ -6,18 +6,18 @@ later token can see, in all layers. Which these are is the `visibility.Rule`'s t
 """
 
 import copy
-import json
+import itertools
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kv_compression.errors import RunError
+from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.fields import is_count
+from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.visibility import (
     CL,
     COMPRESSED,
@@ -25,6 +25,7 @@ from kv_compression.visibility import (
     GONE,
     LEAVING,
     METHODS,
+    NEVER,
     TEXT,
     UNDRAWN,
     Held,
@@ -34,7 +35,7 @@ from kv_compression.visibility import (
     check_ratio,
 )
 
-FORMAT = "kv_compression.SentinelCache 2"
+FORMAT = "kv_compression.SentinelCache 3"
 PER_SLOT = ("kinds", "positions", "starts", "real")  # tensors (batch, slots)
 PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
 
@@ -145,6 +146,8 @@ class SentinelCache(Cache):
         Returns which keys they see, bool `(batch, new, slots + new)` or None if they see all, and their position ids.
         `padding` is 0 where a token is padding, `(batch, ≥ new)`; its last columns count.
         """
+        if self.slots and len(self.layers) > decoder.config.num_hidden_layers:
+            raise UsageError(f"the cache holds {len(self.layers)} layers, more than the model has: it is another's")
         self._decoder = weakref.ref(decoder)
         batch, new = input_ids.shape
         if self.kinds is None:
@@ -195,6 +198,11 @@ class SentinelCache(Cache):
             raise ValueError(
                 "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
             )
+        held = self.layers[layer_idx].keys if layer_idx < len(self.layers) else None
+        if self.slots > key_states.shape[2]:
+            mine = None if held is None else (held.dtype, held.shape[1], held.shape[3])
+            if mine != (key_states.dtype, key_states.shape[1], key_states.shape[3]):
+                raise UsageError(f"the cache does not hold keys of layer {layer_idx} as the model makes them")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def settle(self) -> None:
@@ -398,52 +406,82 @@ class SentinelCache(Cache):
             if layer.is_initialized:
                 tensors[f"keys.{number}"] = layer.keys.contiguous()
                 tensors[f"values.{number}"] = layer.values.contiguous()
-        about = {"rule": self.rule.name, **asdict(self.rule), "tokens_read": self._tokens_read}
-        partial = Path(f"{path}.partial")
+        options = asdict(self.rule) | {"ratio": float(self.rule.ratio)}
+        note = {"format": FORMAT, "rule": self.rule.name, "options": options, "tokens_read": self._tokens_read}
         try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "about": json.dumps(about)})
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(f"cannot write {path}: {error}") from error
+            write_tensors(Path(path), tensors, note)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path, device="cpu") -> "SentinelCache":
         """Read a cache that `save` wrote. RunError if the file is missing, damaged or something else."""
+        if not Path(path).is_file():
+            raise RunError(f"{path}: no such file")
+        tensors, note = read_tensors(Path(path)) or ({}, None)
+        if not isinstance(note, dict) or note.get("format") != FORMAT:
+            raise RunError(f"{path} is damaged, or not a saved SentinelCache of this version")
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise RunError(f"{path} is not a saved SentinelCache")
-                about = json.loads(metadata["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            tokens_read = int(about.pop("tokens_read"))
-            cache = cls(rule=METHODS[about.pop("rule")](**about))
-            cache._restore(tensors, tokens_read)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RunError(f"{path} cannot be read as a saved SentinelCache: {error}") from error
+            cache = cls(rule=_rule_of(note))
+            cache._restore({name: tensor.to(device) for name, tensor in tensors.items()}, note.get("tokens_read"))
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read as a saved SentinelCache: {one_line(error)}") from error
         return cache
 
     def _restore(self, tensors: dict[str, Tensor], tokens_read: int) -> None:
-        if not tensors:
+        """Take over what was saved; ValueError if its parts are not of one cache."""
+        if not is_count(tokens_read) or tokens_read >= NEVER:
+            raise ValueError(f"tokens_read is {tokens_read}")
+        if not tensors and not tokens_read:
             return
-        for name in PER_SLOT + PER_ROW:
-            setattr(self, name, tensors.pop(name))
-        batch, slots = self.kinds.shape
+        layers = range((len(tensors) - len(PER_SLOT + PER_ROW)) // 2)
+        states = [(f"keys.{number}", f"values.{number}") for number in layers]
+        if not states or tensors.keys() != {*PER_SLOT, *PER_ROW, *itertools.chain(*states)}:
+            raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
+        batch, slots = (*tensors["kinds"].shape, 0, 0)[:2]
         for name in PER_SLOT + PER_ROW:
             shape = (batch, slots) if name in PER_SLOT else (batch,)
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)} instead of {shape}")
-        for number in range(len(tensors) // 2):
+            dtype = torch.bool if name in ("real", "began") else torch.long
+            if not batch or tensors[name].shape != shape or tensors[name].dtype != dtype:
+                raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)} instead of {shape}")
+            setattr(self, name, tensors[name])
+        of_states = tensors["keys.0"].dtype
+        for keys, values in ((tensors[keys], tensors[values]) for keys, values in states):
+            alike = keys.shape == values.shape and keys.dtype == values.dtype == of_states
+            if not alike or not of_states.is_floating_point or keys.dim() != 4:
+                raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)}, values {tuple(values.shape)}")
+            if (keys.shape[0], keys.shape[2]) != (batch, slots) or 0 in (keys.shape[1], keys.shape[3]):
+                raise ValueError(f"keys have shape {tuple(keys.shape)} for {batch} rows of {slots} slots")
             layer = SentinelLayer()
-            keys, values = tensors.pop(f"keys.{number}"), tensors.pop(f"values.{number}")
-            if keys.dim() != 4 or keys.shape != values.shape or (keys.shape[0], keys.shape[2]) != (batch, slots):
-                raise ValueError(f"layer {number} has shape {tuple(keys.shape)}")
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             self.layers.append(layer)
+        padded = torch.arange(slots, device=self.real.device) >= self.lengths[:, None]
+        in_range = {
+            "real": self.real != padded,
+            "kinds": (self.kinds >= 0) & (self.kinds <= GONE),
+            "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
+            "starts": (self.starts >= 0) & (self.starts <= 2 * NEVER),
+            "text_read": (self.text_read >= 0) & (self.text_read <= tokens_read),
+        }
+        wrong = [name for name, fits in in_range.items() if not bool(fits.all())]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} cannot be what a model has read")
         self._tokens_read = tokens_read
         self._visible_to_all = self._all_visible()
+
+
+def _rule_of(note: dict) -> Rule:
+    """The rule that a saved cache's note tells of; ValueError if there is no such rule."""
+    name, options, plain = note.get("rule"), note.get("options"), asdict(Rule())
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError("its rule is unknown")
+    if not isinstance(options, dict) or options.keys() != plain.keys():
+        raise ValueError("its rule has other options")
+    for option, value in options.items():
+        if type(value) is not type(plain[option]) or (isinstance(value, int) and not -1 <= value < 1 << 32):
+            raise ValueError(f"{option} is {value}")
+    return METHODS[name](**options)
 
 
 def _own_key(new: int, slots: int, device) -> Tensor:

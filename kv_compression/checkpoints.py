@@ -52,6 +52,7 @@ class Checkpoints:
         path = self.folder / FOLDER / f"step_{step:08d}.safetensors"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         note = {"step": step, "identity": self.identity, "state": state}
+        remove_partial(path.parent)
         try:
             write_tensors(path, tensors, note)
         except OSError as error:
@@ -59,7 +60,6 @@ class Checkpoints:
             there = f"the last good one is of step {good}" if good else "there is none before it"
             raise RunError(f"cannot write the checkpoint {path}: {error.strerror or error}; {there}") from error
         self._last = time.monotonic()
-        remove_partial(path.parent)
         for old in self._paths()[self.keep :]:
             old.unlink(missing_ok=True)
         return path
@@ -72,22 +72,20 @@ class Checkpoints:
         for path in self._paths():
             if step is not None and path.name != f"step_{step:08d}.safetensors":
                 continue
-            found = read_tensors(path)
-            try:
-                tensors, note = found
-                checkpoint = Checkpoint(int(note["step"]), tensors, dict(note["state"]))
-                identity = dict(note["identity"])
-            except (TypeError, KeyError, ValueError):
+            tensors, note = read_tensors(path) or ({}, None)
+            kinds = {"step": int, "identity": dict, "state": dict}
+            if not isinstance(note, dict) or any(not isinstance(note.get(name), kinds[name]) for name in kinds):
                 log.warning("the checkpoint %s is damaged: looking for the one before it", path)
                 print(f"the checkpoint {path} is damaged: looking for the one before it", flush=True)
                 continue
+            identity = note["identity"]
             changed = [name for name in identity | self.identity if identity.get(name) != self.identity.get(name)]
             if changed:
                 raise UsageError(
                     f"{path} is of other settings ({', '.join(changed[:3])}): choose another --output_dir, or start "
                     "again with --overwrite"
                 )
-            return checkpoint
+            return Checkpoint(note["step"], tensors, note["state"])
         return None
 
     def newest_step(self) -> int | None:

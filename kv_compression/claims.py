@@ -109,4 +109,4 @@ class Claim:
 
     def _is_ours(self) -> bool:
         """Whether the file is the one that was created: workers that came and went may have freed its name."""
-        return self.path.read_text(encoding="utf-8") == self.text
+        return self.path.read_bytes() == self.text.encode()

@@ -6,8 +6,11 @@ every method; spans are drawn on a block's tokens, and sentinels come on top. On
 made per batch by the patched model.
 """
 
-import glob
+import csv
 import hashlib
+import io
+import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,32 +34,74 @@ SPAN_SAMPLERS = ("random", "fixed", "self_information")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
-READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+BLANKS = re.compile(r"\s*")
 
 
-def load_file(path: str, split: str, flag: str | None = None) -> datasets.Dataset:
-    """The rows of a local .jsonl, .json, .txt (a row a line) or .csv file; all but .txt need a column "text".
+def load_file(path: str, split: str) -> datasets.Dataset:
+    """The rows of the local file that --<split>_file names, as `read_texts` reads it."""
+    features = datasets.Features({"text": datasets.Value("large_string")})
+    return datasets.Dataset.from_dict({"text": read_texts(path, f"{split}_file")}, features)
 
-    `flag` is the one that named the file, for error messages (`<split>_file`).
+
+def read_texts(path: str, flag: str) -> list[str]:
+    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file; all but .txt need a column "text".
+
+    Rows without a text are left out. UsageError or RunError, naming the `flag` that named the file, if it is no such
+    file. Read by Python's own parsers: those of `datasets` would unpack an archive, whatever its name ends in, and take
+    a text like "NA" for a missing one.
     """
-    file, source = Path(path), f"--{flag or f'{split}_file'} {path}"
+    file, source = Path(path), f"--{flag} {path}"
     if file.suffix not in READERS:
         raise UsageError(f"{source} cannot be read: expected a file that ends in {', '.join(READERS)}")
     if not file.is_file():
         raise UsageError(f"{source}: no such file")
     if not file.stat().st_size:
         raise UsageError(f"{source} is empty")
-    options = {"keep_linebreaks": True} if file.suffix == ".txt" else {}
     try:
-        rows = datasets.load_dataset(
-            READERS[file.suffix], data_files={split: glob.escape(str(file))}, split=split, **options
-        )
-    except Exception as error:  # the readers raise whatever their parsers do
-        reason = one_line(error.__cause__ or error)
-        if "no data" in reason:
-            raise UsageError(f"{source} holds no text") from error
-        raise RunError(f"{source} cannot be read as {file.suffix}: {reason}") from error
-    return with_text(rows, path)
+        rows = READERS[file.suffix](file.read_text(encoding="utf-8-sig"))
+        texts = [row["text"] for row in rows if row.get("text") is not None]
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if not wrong:
+            "".join(texts).encode()  # JSON can tell of lone surrogates, which are no text
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise RunError(f"{source} cannot be read as {file.suffix}: {one_line(error)}") from error
+    if wrong:
+        raise UsageError(f'the column "text" of {source} holds {type(wrong[0]).__name__} values, not text')
+    if rows:
+        _check_columns(list(dict.fromkeys(itertools.chain(*rows))), source)
+    if not texts:
+        raise UsageError(f"{source} holds no text")
+    return texts
+
+
+def _json_rows(text: str) -> list[dict]:
+    """The objects that stand one behind another, as in JSON lines, or in a list."""
+    decoder, place, rows = json.JSONDecoder(), 0, []
+    while (place := BLANKS.match(text, place).end()) < len(text):
+        value, place = decoder.raw_decode(text, place)
+        rows += value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object, but {type(row).__name__}")
+    return rows
+
+
+def _csv_rows(text: str) -> list[dict]:
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be a whole document
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    rows = []
+    for row in reader:
+        if None in row:
+            raise ValueError(f"line {reader.line_num} has more fields than the first line")
+        rows.append(row)
+    return rows
+
+
+def _lines(text: str) -> list[dict]:
+    return [{"text": line} for line in io.StringIO(text)]
+
+
+READERS = {".jsonl": _json_rows, ".json": _json_rows, ".txt": _lines, ".csv": _csv_rows}
 
 
 def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:
@@ -87,14 +132,18 @@ def stream_c4(seed: int) -> Iterator[str]:
 
 def with_text(rows: datasets.Dataset, source: str) -> datasets.Dataset:
     """`rows` with its column "text" alone, without missing values; UsageError if there is no such text."""
-    if "text" not in rows.column_names:
-        raise UsageError(f'{source} has no column "text" (it has: {", ".join(rows.column_names) or "none"})')
+    _check_columns(rows.column_names, source)
     rows = rows.select_columns("text").filter(_present, batched=True)
     if len(rows) == 0:
         raise UsageError(f"{source} holds no text")
     if not isinstance(rows[0]["text"], str):
         raise UsageError(f'the column "text" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
     return rows
+
+
+def _check_columns(names: Sequence[str], source: str) -> None:
+    if "text" not in names:
+        raise UsageError(f'{source} has no column "text" (it has: {", ".join(names) or "none"})')
 
 
 def _present(batch: dict) -> list[bool]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = 1 << 16  # a probability is kept to 1/65536
+SHIFTS = (5, 3, 7, 2)  # with these two modules drop the same place about as often as by chance
 ROUNDED_UP_TO = 128  # tokens; some devices draw other bits for another length, which padding should not decide
 
 
@@ -46,8 +47,9 @@ class BlockDropout(nn.Dropout):
         super().__init__(p)
         self.draws = draws
         constants = random.Random(number)
-        self.offset = constants.randrange(-LEVELS // 2, LEVELS // 2)
-        self.factors = [constants.randrange(-LEVELS // 2, LEVELS // 2, 2) for _ in range(2)]
+        offsets = [constants.randrange(-LEVELS // 2, LEVELS // 2) for _ in range(len(SHIFTS) + 1)]
+        # As a buffer: compiled code is then the same for all modules. As long: processes cannot send each other shorts.
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         table = self.draws.table
@@ -59,12 +61,15 @@ class BlockDropout(nn.Dropout):
         return _Masked.apply(x, dropped.bitwise_not_(), LEVELS / (LEVELS - levels))
 
     def _scrambled(self, table: Tensor) -> Tensor:
-        """Other bits, every value as likely as before: each step can be undone. (CPUs are slow at products of short
-        integers, not at scaled sums, and at new memory.)"""
-        bits = table + self.offset
-        bits.add_(table, alpha=self.factors[0])
-        bits.bitwise_xor_(bits << 5)
-        return bits.add_(bits, alpha=self.factors[1])
+        """Other bits, every value as likely as before, as each step can be undone. (In place, and without products of
+        short integers: a CPU is slow at both.)"""
+        first, *others = self.offsets.to(table.dtype).unbind()
+        bits = table + first
+        shifted = torch.empty_like(bits)
+        for shift, offset in zip(SHIFTS, others):
+            torch.bitwise_left_shift(bits, shift, out=shifted)
+            bits.bitwise_xor_(shifted).add_(offset)
+        return bits
 
     @staticmethod
     def _fits(x: Tensor, table: Tensor) -> bool:

@@ -26,12 +26,29 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
+LONGEST = 2000  # characters of a line
+
+
+def printable(text: str) -> str:
+    """Text that may come from a file, as one line for a terminal: no control characters, and not endless."""
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+
+
 class UsageError(ValueError):
-    """The request itself is wrong: exit status 2."""
+    """The request itself is wrong: exit status 2. The message is made `printable`."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class RunError(RuntimeError):
-    """The request is fine but cannot be carried out: exit status 1."""
+    """The request is fine but cannot be carried out: exit status 1. The message is made `printable`."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,17 +68,18 @@ def complain(message: str) -> None:
     """
     if not is_main_process():
         time.sleep(LAST_WORDS if os.environ.get("LOCAL_RANK") == "0" else 2 * LAST_WORDS)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
     """The first line that an exception has to say, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 def run_script(main: Callable[[], None]) -> int:
     """Run a script's `main`; returns the exit status and prints user errors as one line instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: not every terminal has every letter
     try:
         main()
     except UsageError as error:

@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -22,9 +21,9 @@ import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets, processes
+from kv_compression import presets, processes, strict_json
 from kv_compression.attention import FLEX, SORTED_FLEX, compressed_attention
-from kv_compression.checkpoints import FOLDER, Checkpoints
+from kv_compression.checkpoints import FOLDER, Checkpoint, Checkpoints
 from kv_compression.data import (
     OFFLINE,
     SPLITS,
@@ -35,10 +34,11 @@ from kv_compression.data import (
     tokenize,
 )
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.fields import is_measured
 from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
 from kv_compression.model_card import write_card
-from kv_compression.perplexity import evaluate
+from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
 from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.scalars import Scalars
@@ -86,16 +86,9 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
 
 
 LOCK, UNTRAINED = "run.lock", "untrained.json"
-_MADE_BY_A_RUN = (
-    RESULTS,
-    f".*{PARTIAL}",
-    "train.log",
-    "tensorboard",
-    "README.md",
-    "adapter_*",
-    "*token*.json",
-    "*.jinja",
-)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_MADE_BY_A_RUN = (RESULTS, f".*{PARTIAL}", "train.log", "tensorboard", "README.md")
+_MADE_BY_A_RUN += ("adapter_*", "*token*.json", "*.jinja")
 _MADE_ON_THE_WAY = (LOCK, UNTRAINED, FOLDER)
 _MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
 _MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
@@ -135,7 +128,7 @@ def _run(settings: Settings, resume: bool) -> dict:
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
     checkpoints = checkpoints_of(settings)
-    checkpoint = checkpoints.read() if resume else None
+    checkpoint = read_checkpoint(checkpoints) if resume else None
     if accelerator.is_main_process:
         if checkpoint is None:
             _clear(folder)
@@ -154,7 +147,7 @@ def _run(settings: Settings, resume: bool) -> dict:
 
     writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
     with compressed_attention(model, rule=rule) as patch:
-        untrained = read_untrained(folder) if checkpoint else None
+        untrained = processes.on_main(read_untrained, folder) if checkpoint else None
         if untrained is None and (settings.eval_only or not settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:
@@ -203,19 +196,41 @@ def _run(settings: Settings, resume: bool) -> dict:
     }
     weights = trained(model)
     if accelerator.is_main_process:
+        if isinstance(tokenizer.chat_template, dict):  # its names would become names of files
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         try:
             if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
                 model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
             model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
             tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise RunError(f"cannot save the adapter in {folder}: {error}") from error
+        except Exception as error:  # the savers raise whatever their writers do
+            raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
         write_card(folder, results)
         write_json(folder / RESULTS, results)
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
         remove_partial(folder)
     return results
+
+
+def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The checkpoint to go on from, None if there is none: the same in every process, whatever files each sees."""
+    newest = processes.together(checkpoints.read, here=processes.state().is_main_process)
+    step = processes.on_main(lambda: newest and newest.step)
+
+    def same() -> Checkpoint | None:
+        found = newest or (checkpoints.read(step) if step else None)
+        if step and found is None:
+            raise RunError(f"not every process can read the checkpoint of step {step}: they must share --output_dir")
+        return found
+
+    return processes.together(same)
+
+
+def tidy(settings: Settings) -> None:
+    """Remove what a finished run still has on the way: it was killed when its results were there already."""
+    checkpoints_of(settings).clear()
+    (Path(settings.output_dir) / UNTRAINED).unlink(missing_ok=True)
 
 
 def checkpoints_of(settings: Settings) -> Checkpoints:
@@ -228,10 +243,12 @@ def checkpoints_of(settings: Settings) -> Checkpoints:
 def read_untrained(folder: Path) -> dict | None:
     """The scores before fine-tuning that a run which was broken off has left, None if it has not."""
     try:
-        found = json.loads((folder / UNTRAINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = strict_json.read(folder / UNTRAINED)
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("perplexity"), float) else None
+    names = {field.name for field in fields(Evaluation)}
+    whole = isinstance(found, dict) and found.keys() == names and all(map(is_measured, found.values()))
+    return found if whole else None
 
 
 @contextmanager
@@ -295,24 +312,30 @@ def _commit(name: str) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, dict]:
-    """The tokenizer, the model with its adapter merged in and the results of a finished run of run_clm.py.
+def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
+    """The tokenizer, the model with its adapter merged in and the settings of a finished run of run_clm.py.
 
     Merging happens in fp32; under bf16 the merged weights are rounded once.
     """
-    results = results_of_run(folder)
-    settings = replace(recorded_settings(results, folder), mixed_precision="no", eval_only=True)
-    tokenizer, model, _ = load_model(settings)
+    settings = recorded_settings(results_of_run(folder), folder)
+    tokenizer, model, _ = load_model(replace(settings, mixed_precision="no", eval_only=True))
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
+    # Left to itself, peft looks for another file, which may be pickled, and then on the hub.
+    for name in ADAPTER:
+        if not (Path(folder) / name).is_file():
+            raise RunError(f"the adapter in {folder} cannot be loaded: there is no {name}")
     try:
-        model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+        config = peft.PeftConfig.from_pretrained(folder)
+        if type(config) is not peft.LoraConfig or config.megatron_config:  # which names a module to import
+            raise ValueError("it is not of run_clm.py")
+        model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload().eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
     if mixed_precision == "bf16":
         for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
             parameter.data = parameter.data.to(torch.bfloat16)
-    return tokenizer, model, results
+    return tokenizer, model, settings
 
 
 def results_of_run(folder: str) -> dict:

@@ -6,6 +6,7 @@ group of equal settings only.
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from kv_compression.errors import UsageError, one_line
+from kv_compression import fields, strict_json
+from kv_compression.errors import UsageError, one_line, printable
+from kv_compression.fields import number
 from kv_compression.plots import label
-from kv_compression.results import REQUIRED
 
 FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
 CLAIMED = ("local_attention", "scattered_attention")  # the published claim says nothing of sinks
@@ -98,11 +100,11 @@ class Run(File):
         measured = self.content if part is None else self.content.get(part)
         if not isinstance(measured, dict):
             return None
-        value = number(measured.get("nll_per_batch" if protocol == "paper" else "nll_per_token"))
+        value = _nats(measured.get("nll_per_batch" if protocol == "paper" else "nll_per_token"))
         if value is not None or self.protocol != protocol:
             return value
-        value, found = number(measured.get("nll")), number(measured.get("perplexity"))
-        return math.log(found) if value is None and found and found > 0 else value
+        value, found = _nats(measured.get("nll")), number(measured.get("perplexity"))
+        return math.log(found) if value is None and found and found >= 1 else value
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Group:
     @property
     def model(self) -> str:
         name = str(self.settings.get("model_name_or_path", "unknown model")).rstrip("/").split("/")[-1]
-        return EMBEDDED_MODEL if name == "embedded" else name
+        return EMBEDDED_MODEL if name == "embedded" else printable(name)
 
     @property
     def text(self) -> str:
@@ -211,12 +213,9 @@ class Found:
         )
 
 
-def number(value) -> float | None:
-    """`value` if it is a finite number, else None."""
-    try:
-        return value if math.isfinite(value) and not isinstance(value, bool) else None
-    except (TypeError, OverflowError):  # an int beyond all floats
-        return None
+def _nats(value) -> float | None:
+    """`value` if it is a negative log-likelihood, else None."""
+    return value if number(value) is not None and value >= 0 else None
 
 
 def perplexity(nll: float) -> float:
@@ -241,7 +240,7 @@ def collect(folder: Path) -> Found:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
     found, runs, scores = Found(), {}, {}
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.json")}
+    paths = {_shown(path.relative_to(folder)): path for path in folder.rglob("*.json")}
     for name, path in sorted(paths.items()):
         hidden = any(part.startswith(".") for part in name.split("/"))
         if name.endswith(".about.json") and not hidden and not _scores_of(path).is_file():
@@ -253,7 +252,7 @@ def collect(folder: Path) -> Found:
         except ValueError as error:
             found.unreadable.append((name, str(error)))
         else:
-            (runs if "settings" in content else scores)[name] = content
+            (runs if fields.has_all(content, fields.OF_A_RUN) else scores)[name] = content
     if not runs and not scores:
         hint = f" ({found.unreadable[0][0]} {found.unreadable[0][1]})" if found.unreadable else ""
         raise UsageError(f"{folder}: no results of run_clm.py or eval_generation.py below it{hint}")
@@ -267,28 +266,25 @@ def _scores_of(about: Path) -> Path:
     return about.with_name("scores.json" if stem == "generation" else f"scores_{stem}.json")
 
 
+def _shown(path: Path) -> str:
+    """A path as text, whatever bytes its names hold."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def _read(path: Path) -> dict:
     """What a file holds if it is results or scores; ValueError, with what is wrong, if not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"is damaged: {one_line(error)}") from error
-    kinds = {"method": str, "protocol": str, "bound_ratio": int | float}
-    if isinstance(content, dict) and all(name in content for name in REQUIRED):
-        kinds |= {"seed": int, "settings": dict}
-    elif isinstance(content, dict) and all(name in content for name in (*kinds, "documents", *METRICS)):
-        kinds |= dict.fromkeys(("documents", *METRICS), dict)
+    if fields.has_all(content, fields.OF_A_RUN):
+        fields.check(content, fields.OF_A_RUN, fields.SOMETIMES_OF_A_RUN)
+    elif fields.has_all(content, fields.OF_A_METHOD | fields.OF_SCORES):
+        fields.check(content, fields.OF_A_METHOD | fields.OF_SCORES, fields.OF_A_GENERATION)
     else:
         raise ValueError("holds neither results nor scores")
-    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
-    wrong += ["bound_ratio"] * (number(content["bound_ratio"]) is None and "bound_ratio" not in wrong)
-    wrong += ["protocol"] * (content["protocol"] not in (*PROTOCOLS, *wrong))
-    if "documents" in kinds and not wrong:
-        wrong += ["documents"] * (not all(isinstance(found, dict) for found in content["documents"].values()))
-    if wrong:
-        raise ValueError(f"is damaged: {', '.join(wrong)}")
     return content | {"bound_ratio": round(content["bound_ratio"], 6)}
 
 
@@ -348,7 +344,8 @@ def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
         if name in counts and value is not None and value not in unchanged:
             if isinstance(value, bool):
                 value = "once" if value else "anew"
-            words.append(form.format(f"{value:g}" if isinstance(value, float) else str(value).replace("_", "-")))
+            told = f"{value:g}" if isinstance(value, float) else printable(str(value))[:40].replace("_", "-")
+            words.append(form.format(told))
     return ", ".join(words)
 
 
@@ -375,9 +372,9 @@ def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: P
         variant = f"trained as {label(run.method)}"
     stem = name.removesuffix(".json").removesuffix(".scores").removeprefix("scores_")
     try:
-        about = (folder / beside / f"{'generation' if stem == 'scores' else stem}.about.json").read_text("utf-8")
-        generation = [json.loads(about).get(key) for key in OF_A_GENERATION]
-    except (OSError, ValueError, RecursionError, AttributeError):
+        about = strict_json.read(folder / beside / f"{'generation' if stem == 'scores' else stem}.about.json")
+        generation = [about.get(key) for key in OF_A_GENERATION]
+    except (OSError, ValueError, AttributeError):
         generation = []  # not told: scores may be moved away from what they were made of
     documents = content.get("documents_sha256") or path  # unknown documents compare with no others
     models = [content.get(key) for key in ("preset", "bertscore_model", "fluency_model")]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -247,6 +248,7 @@ def _bars(curves: Iterable[Curve]) -> str:
     return "bars: lowest to highest seed" if several else ""
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a "$" in a name is a dollar
 def draw(path: Path, picture: Picture) -> None:
     """Write a picture as a PNG. RunError if the disk refuses. Equal labels in several panels are one entry."""
     panels = [_drawable(panel) for panel in picture.panels]

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from types import UnionType
+from typing import NamedTuple, get_args, get_origin
 
 import datasets
 import torch
@@ -26,6 +27,7 @@ from kv_compression.errors import RunError, UsageError
 from kv_compression.information import UNITS
 from kv_compression.spans import entries_to_remove, widest_window
 from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_ratio
+from kv_compression.whole_files import file_name
 
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
@@ -102,10 +104,15 @@ class Settings:
         """An identity in which it is the same, by how many processes a batch is shared."""
         identity = dict(identity)
         shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
-        return identity | {"blocks a micro-batch": shares[0] * shares[1] if None not in shares else None}
+        trained = None not in shares and not identity.get("eval_only")
+        return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
     def check(self) -> None:
         """Raise UsageError for values that no run can have."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_of_type(value, field.type):
+                raise UsageError(f"--{field.name} cannot be {value!r}")
         if self.method not in METHODS:
             raise UsageError(f"--method {self.method}: choose from {', '.join(METHODS)}")
         try:
@@ -116,8 +123,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"--{name} must be at least {least}, got {value}")
-        if self.seed >= 2**32:
-            raise UsageError(f"--seed must be below 2^32, got {self.seed}")
+            if isinstance(value, int) and value >= 2**32:
+                raise UsageError(f"--{name} must be below 2^32, got {value}")
         if self.method == "full_attention" and self.bound_ratio:
             raise UsageError("full attention compresses nothing: leave --bound_ratio away")
         if self.protocol == "paper" and self.block_size < 8:
@@ -193,16 +200,27 @@ class Settings:
         return METHODS[self.method](cl_id, cr_id, self.bound_ratio, self.seed, **options)
 
 
+def _is_of_type(value, kind: type | UnionType) -> bool:
+    """Whether a setting's value, which a file may have told, is of its type; text has to be Unicode."""
+    kinds = [get_origin(one) or one for one in get_args(kind) or (kind,)]
+    if isinstance(value, list | tuple):
+        return tuple in kinds and all(_is_of_type(item, str) for item in value)
+    if isinstance(value, str):
+        return str in kinds and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
 @cache
 def _identity_of(path: str | None) -> str | None:
     """A file's name and the beginning of its SHA-256, the name alone if it cannot be read."""
     if path is None:
         return None
+    name = file_name(Path(path).name)
     try:
         with open(path, "rb") as file:
-            return f"{Path(path).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+            return f"{name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     except OSError:
-        return Path(path).name
+        return name
 
 
 _LEAST = {

@@ -5,7 +5,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from kv_compression import strict_json
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.fields import OF_A_GENERATION, check, is_count
 from kv_compression.results import write_json
 
 
@@ -29,10 +31,10 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = strict_json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problems.append(f"line {number}: {one_line(error)}")
         else:
             records.append(record)
@@ -41,23 +43,29 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
 
 def usable(records: list[dict]) -> list[dict]:
     """The records of documents that have been continued."""
-    numbers = ("index", "prefix_tokens", "cache_length")
-    return [
-        record
-        for record in records
-        if isinstance(record.get("continuations"), list) and all(isinstance(record.get(name), int) for name in numbers)
-    ]
+
+    def is_usable(record: dict) -> bool:
+        counts = [record.get(name) for name in ("index", "prefix_tokens", "cache_length")]
+        return isinstance(record.get("continuations"), list) and all(map(is_count, counts)) and counts[1] > 0
+
+    return list(filter(is_usable, records))
 
 
 def read_about(path: Path) -> dict | None:
-    """What made the file, None if that is not told."""
+    """What made the file, None if that is not told. RunError if that file is damaged."""
     try:
-        about = json.loads(about_path(path).read_text(encoding="utf-8"))
+        about = strict_json.read(about_path(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{about_path(path)} cannot be read: {one_line(error)}") from error
-    return about if isinstance(about, dict) else None
+    if not isinstance(about, dict):
+        return None
+    try:
+        check(about, {}, OF_A_GENERATION)
+    except ValueError as error:
+        raise RunError(f"{about_path(path)} {error}") from error
+    return about
 
 
 def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:

@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from kv_compression import plots, published
+from kv_compression.errors import printable
 from kv_compression.measured import (
     BASELINES,
     CLAIMED,
@@ -53,7 +54,7 @@ from kv_compression.verdicts import (
 
 OF_A_MEASUREMENT = (
     *("perplexity", "nll", "nll_per_token", "nll_per_batch", "num_targets", "num_blocks", "removed_fraction"),
-    *("attended_fraction", "kept_keys_mean", "kept_keys_max", "tokens_per_second", "wall_seconds", "device"),
+    *("attended_fraction", "kept_keys_mean", "kept_keys_max", "tokens_per_second", "wall_seconds"),
 )
 
 
@@ -87,7 +88,8 @@ class Report:
 
 def cell(text: str) -> str:
     """Text that may come from a file, so that it stays in its place: one line, no markup, no column of its own."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    line = printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return line.replace("](", "]\\(")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
@@ -259,9 +261,10 @@ def _test_texts(group: Group) -> list[str]:
 
 def _run_row(run: Run) -> dict:
     """One line of the table of runs, with all its digits."""
-    row = {"path": run.path, "method": run.method, "variant": run.variant, "ratio": run.ratio}
+    row = {"path": printable(run.path), "method": run.method, "variant": run.variant, "ratio": run.ratio}
     row |= {"protocol": run.protocol, "seed": run.seed}
-    return row | {name: run.content.get(name) for name in OF_A_MEASUREMENT}
+    row |= {name: number(run.content.get(name)) for name in OF_A_MEASUREMENT}
+    return row | {"device": printable(str(run.content.get("device") or ""))}
 
 
 def _nominal(report: Report, group: Group, count: int) -> None:
@@ -367,12 +370,12 @@ def _estimate(estimate: dict, digits: int) -> str:
 
 def _score_row(score: Score) -> dict:
     """One line of the table of scores, with all its digits."""
-    row = {"path": score.path, "method": score.method, "variant": score.variant, "ratio": score.ratio}
+    row = {"path": printable(score.path), "method": score.method, "variant": score.variant, "ratio": score.ratio}
     row |= {"protocol": score.protocol, "seed": score.seed, "documents": len(score.content["documents"])}
-    row["cache_fraction"] = score.content.get("cache_fraction")
+    row["cache_fraction"] = number(score.content.get("cache_fraction"))
     for metric in METRICS:
-        row[metric] = score.content[metric].get("mean")
-        row |= {f"{metric}_{end}": score.content[metric].get(end) for end in ("low", "high")}
+        row[metric] = score.content[metric]["mean"]
+        row |= {f"{metric}_{end}": score.content[metric][end] for end in ("low", "high")}
     return row
 
 

@@ -5,11 +5,12 @@ import math
 import sys
 from pathlib import Path
 
-from kv_compression.errors import RunError, run_script
+from kv_compression import strict_json
+from kv_compression.errors import RunError, one_line, run_script
+from kv_compression.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
 from kv_compression.whole_files import write_whole
 
 RESULTS = "results.json"
-REQUIRED = ("method", "bound_ratio", "protocol", "preset", "seed", "perplexity", "removed_fraction", "settings")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -44,13 +45,17 @@ def read_results(folder: Path) -> dict | None:
     """The results of a finished run in `folder`, None if there are none; RunError if the file is not such results."""
     path = Path(folder) / RESULTS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or any(key not in content for key in REQUIRED):
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {one_line(error)}") from error
+    if not has_all(content, OF_A_RUN):
         raise RunError(f"{path} does not hold the results of a run of run_clm.py")
+    try:
+        check(content, OF_A_RUN, SOMETIMES_OF_A_RUN)
+    except ValueError as error:
+        raise RunError(f"{path} {error}") from error
     return content
 
 
@@ -59,7 +64,8 @@ def summary(results: dict) -> str:
     trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(_untrained(results))}"
     return (
         f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
-        f"({trained}), {results.get('num_targets')} tokens, removed {figure(results['removed_fraction'], 3)}, "
+        f"({trained}), {figure(results.get('num_targets'), 0)} tokens, "
+        f"removed {figure(results['removed_fraction'], 3)}, "
         f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
         f"protocol {results['protocol']}, seed {results['seed']}, {figure(results.get('wall_seconds'), 0)} s"
     )
@@ -95,7 +101,7 @@ def _untrained(run: dict) -> float | None:
 
 def figure(value: float | None, digits: int = 2) -> str:
     """A number with so many decimals, "-" where there is none."""
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+    return "-" if number(value) is None else f"{value:.{digits}f}"
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ the scripts' business, who carries it out that of `claims`.
 """
 
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kv_compression import data, experiment, generation, presets, records
+from kv_compression import data, experiment, generation, presets, records, strict_json
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.presets import Settings
@@ -160,7 +159,7 @@ class Continuations:
         if self.mixed_precision != "auto":
             about["mixed_precision"] = self.mixed_precision
         if self.docs_file:
-            texts = data.load_file(self.docs_file, "test", "docs_file")["text"]
+            texts = data.read_texts(self.docs_file, "docs_file")
         elif preset == "embedded":
             texts = presets.embedded_text()["test"]["text"]
         else:
@@ -190,7 +189,7 @@ def scoring(folder: Path, preset: str) -> Step:
 
     def done() -> bool:
         try:
-            found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+            found = strict_json.read(folder / "scores.json")
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from kv_compression import strict_json
 from kv_compression.whole_files import write_whole
 
 
@@ -22,7 +23,9 @@ def digest(*parts: bytes | str | Tensor) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             kind = f"{part.dtype}{tuple(part.shape)}"
-            content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            flat = part.detach().cpu().contiguous().flatten()
+            # A single element may keep any stride, but bytes are seen through a stride of 1 only.
+            content = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
         else:
             kind = type(part).__name__
             content = part.encode() if isinstance(part, str) else part
@@ -46,8 +49,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        note = json.loads(metadata.get("note", ""))
-    except (OSError, safetensors.SafetensorError, ValueError, RecursionError):
+        note = strict_json.loads(metadata.get("note", "").encode())
+    except (OSError, safetensors.SafetensorError, ValueError):
         return None
     return (tensors, note) if metadata.get("content") == _digest_of(tensors, metadata["note"]) else None
 

@@ -2,7 +2,7 @@
 
 Knows how adapters are attached and how the loop steps. Every step is a pure function of the settings and the step's
 number: the order of blocks, their spans and all draws come from the seed, nothing from what ran before or from how many
-processes share the work.
+processes share the work. (Dropout that a model has of its own, as OPT does, is torch's: it goes on where it was.)
 """
 
 import logging
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import peft
@@ -32,6 +33,7 @@ from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks
 from kv_compression.dropout import replace_dropout
 from kv_compression.errors import Interrupted, RunError, UsageError
+from kv_compression.fields import is_number
 from kv_compression.loss import TokenLosses
 from kv_compression.presets import Settings
 from kv_compression.sentinels import IGNORED
@@ -116,7 +118,8 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
     """Hand the model of `add_lora` and an AdamW for its adapters over to accelerate, which may spread both.
 
     With `settings.gradient_checkpointing` a layer's activations are computed again where they are needed, with
-    `settings.compile` layers are compiled. (Paper, section 4.1, for the optimizer.)
+    `settings.compile` layers are compiled. UsageError for distillation under FSDP. (Paper, section 4.1, for the
+    optimizer.)
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     recipe = {name: value for name, value in OPTIMIZER.items() if name != "name"}
@@ -131,6 +134,8 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
     if settings.compile:
         for layer in token_losses.layers():
             layer.compile(dynamic=True)  # blocks with sentinels are of many lengths
+    if accelerator.is_fsdp2 and settings.distill_weight:
+        raise UsageError("--distill_weight needs the whole model in every process: it does not go with FSDP")
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
         plugin = accelerator.state.fsdp_plugin  # bf16 is too coarse for losses and for sums over processes
         exact = {"output_dtype": None, "reduce_dtype": torch.float32}
@@ -171,10 +176,9 @@ class Schedule:
 
     def blocks_of(self, step: int) -> list[int]:
         """The indices of the blocks that all processes read in a step; an epoch's last step may have fewer."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch_of(step))
-        order = torch.randperm(self.num_blocks, generator=generator)
+        order = _shuffled(self.num_blocks, self.settings.seed, self.epoch_of(step))
         first = step % self.steps_per_epoch * self.per_step
-        return order[first : first + self.per_step].tolist()
+        return order[first : first + self.per_step]
 
     def micro_batches(self, blocks: list[int]) -> list[list[int]]:
         """A step's blocks, in the order given, as micro-batches of all processes."""
@@ -184,6 +188,13 @@ class Schedule:
         """What one process reads of a micro-batch; nothing, where it is a small one."""
         size = self.settings.per_device_train_batch_size
         return micro_batch[process * size : (process + 1) * size]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(num_blocks: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch reads its blocks."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_blocks, generator=generator).tolist()
 
 
 class MicroBatch(NamedTuple):
@@ -249,7 +260,7 @@ def train(
     steps = iter(DataLoader(to_read, batch_size=None, shuffle=False, pin_memory=on_gpu))
     progress = Progress(schedule, writer, ahead=1 if on_gpu else 0)
     if resume is not None:  # behind iter(), which draws a random number
-        progress.begin(*restore(resume, model, optimizer, scheduler))
+        progress.begin(*restore(resume, model, optimizer, scheduler, schedule.num_steps))
     token_losses.train()
     try:
         with (
@@ -272,10 +283,14 @@ def train(
                     sum(micro_batch.num_targets for micro_batch in micro_batches),
                     rate,
                 )
-                due = checkpoints is not None and checkpoints.due_at(step + 1)
-                if (due or progress.checkpoint_wanted or progress.end_wanted) and step + 1 < schedule.num_steps:
+                last = step + 1 == schedule.num_steps
+                due = checkpoints is not None and checkpoints.due_at(step + 1) and not last
+                if due or last:
                     progress.read()
-                    checkpoint = capture(model, optimizer, scheduler, progress)
+                if due or progress.end_wanted or (progress.checkpoint_wanted and not last):
+                    progress.read()
+                    so_far = (progress.tokens, progress.losses, progress.seconds)
+                    checkpoint = capture(model, optimizer, scheduler, *so_far)
                     if accelerator.is_main_process:
                         checkpoints.write(step + 1, *checkpoint)
                     progress.checkpoint_wanted = False
@@ -284,7 +299,6 @@ def train(
                         f"interrupted after step {step + 1} of {schedule.num_steps}: the same command with "
                         "--resume_from_checkpoint goes on"
                     )
-            progress.read()
     finally:
         patch.rule = rule
         model.draws.table = None
@@ -304,7 +318,7 @@ class Progress:
         self.tokens, self.losses = 0, []
         self.end_wanted = self.checkpoint_wanted = False
         self._start = time.perf_counter()
-        self._unread: deque[tuple[torch.Tensor, int, float]] = deque()
+        self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None, int, float]] = deque()
 
     def begin(self, tokens: int, losses: list[float], seconds: float) -> None:
         """Go on from what a checkpoint tells."""
@@ -317,13 +331,19 @@ class Progress:
 
     def add(self, results: torch.Tensor, tokens: int, rate: float) -> None:
         """Take a step's results `(3,)`, its targets and its learning rate, and read what is due."""
-        self._unread.append((results, tokens, rate))
+        arrived = None
+        if results.is_cuda:  # reading them later must wait for their own step, not for those behind it
+            results, arrived = results.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._unread.append((results, arrived, tokens, rate))
         self.read(self.ahead)
 
     def read(self, but: int = 0) -> None:
         """Read the results of all steps but the last so many. RunError at a loss that is not finite."""
         while len(self._unread) > but:
-            results, tokens, rate = self._unread.popleft()
+            results, arrived, tokens, rate = self._unread.popleft()
+            if arrived is not None:
+                arrived.synchronize()
             loss, ends, checkpoints = results.tolist()
             step = len(self.losses) + 1
             if not math.isfinite(loss):
@@ -380,17 +400,17 @@ def signals_noted(wanted: bool) -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def capture(model: nn.Module, optimizer, scheduler, progress: Progress) -> tuple[dict[str, torch.Tensor], dict]:
+def capture(model: nn.Module, optimizer, scheduler, tokens: int, losses: list[float], seconds: float) -> tuple:
     """All that the next step depends on, as tensors by name and a state that JSON holds. Every process must ask."""
     tensors = {f"model.{name}": value for name, value in trained(model).items()}
     for index, values in optimizer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in values.items()}
-    tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float64)
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     schedule = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
-    return tensors, {"tokens": progress.tokens, "seconds": progress.seconds, "scheduler": schedule}
+    return tensors, {"tokens": tokens, "seconds": seconds, "scheduler": schedule}
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -408,8 +428,16 @@ def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> tuple[int, list[float], float]:
-    """Put everything back where `capture` found it; returns tokens, losses and seconds so far."""
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler, num_steps: int) -> tuple:
+    """Put everything back where `capture` found it; returns tokens, losses and seconds so far.
+
+    RunError, with nothing changed, if the checkpoint is not of such a model, or of a run of `num_steps`.
+    """
+    wrong = _mismatch(checkpoint, model, optimizer, scheduler, num_steps)
+    if wrong:
+        raise RunError(
+            f"the checkpoint of step {checkpoint.step} is not of this run ({wrong}): --overwrite starts again"
+        )
     tensors, state = checkpoint.tensors, checkpoint.state
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -432,6 +460,44 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler) -> t
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return state["tokens"], tensors["losses"].tolist(), state["seconds"]
+
+
+def _mismatch(checkpoint: Checkpoint, model: nn.Module, optimizer, scheduler, num_steps: int) -> str:
+    """What of a checkpoint cannot be of a run that is set up like this one, "" if there is nothing."""
+    step, state, found = checkpoint.step, checkpoint.state, dict(checkpoint.tensors)
+    if not 0 < step <= num_steps:
+        return f"a run has {num_steps} steps"
+    expected, of_start = capture(model, optimizer, scheduler, 0, [], 0.0)
+    expected["losses"] = torch.zeros(step, dtype=torch.float64)
+    for index, value in enumerate(value for group in optimizer.param_groups for value in group["params"]):
+        if f"optimizer.{index}.step" in found:  # else it never had a gradient
+            parts = {"step": torch.zeros(()), "exp_avg": value, "exp_avg_sq": value}
+            expected |= {f"optimizer.{index}.{part}": value for part, value in parts.items()}
+    if "random.cuda" not in expected.keys() & found.keys():  # a run may go on with another device
+        for tensors in (expected, found):
+            tensors.pop("random.cuda", None)
+    for name in sorted(expected.keys() | found.keys()):
+        here, there = expected.get(name), found.get(name)
+        if here is None or there is None or (here.dtype, here.shape) != (there.dtype, there.shape):
+            return name
+        if name.startswith("optimizer.") and name.endswith(".step") and not 0 < float(there) <= step:
+            return name
+    try:
+        for name in found.keys() & {"random", "random.cuda"}:
+            torch.Generator("cuda" if name == "random.cuda" else "cpu").set_state(found[name])
+    except RuntimeError:
+        return name
+    told = _built_alike(state, of_start) and state["scheduler"]["last_epoch"] == step
+    return "" if told and min(state["seconds"], state["tokens"]) >= 0 else "its state"
+
+
+def _built_alike(one, other) -> bool:
+    """Whether two values of JSON are the same but for their numbers."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_built_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_built_alike, one, other))
+    return one == other or (is_number(one) and is_number(other))
 
 
 @dataclass

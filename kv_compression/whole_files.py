@@ -1,10 +1,23 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what they may be called."""
 
+import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
 PARTIAL = ".partial"  # the ending of a file that is being written, or whose writer was killed
+
+
+def file_name(text: str) -> str:
+    """Text as a file's name, or a part of it, of ASCII letters, digits, ".", "_" and "-" alone.
+
+    Another character becomes "_"; a hash at the end keeps what was changed apart from all else.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
+    if name == text:
+        return name
+    return f"{name}_{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import transformers
 
+from tests import fuzzing
 from tests.stand_in_hub import StandInHub
 
 NOUNS = ["cat", "dog", "bird", "house", "garden", "river", "teacher"]
@@ -104,5 +105,5 @@ def tell():
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in TOLD:
+    for line in [*TOLD, *(f"fuzzed {reader}: {tally}" for reader, tally in fuzzing.TALLIES.items())]:
         terminalreporter.write_line(line)

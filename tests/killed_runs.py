@@ -38,9 +38,9 @@ def has_ended(number: int) -> bool:
     return bool(ended)
 
 
-def half_written(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was when its writer died."""
-    return any(name.endswith(".partial") for name in names(folder / "checkpoints"))
+def half_written(folder: Path) -> set[str]:
+    """Checkpoints that are being written, or were when their writer died."""
+    return {name for name in names(folder / "checkpoints") if name.endswith(".partial")}
 
 
 def names(folder: Path) -> list[str]:
@@ -74,11 +74,11 @@ def main(folder: Path, kills: int, kills_while_writing: int, flags: list[str]) -
 
     whole = run_to_its_end()
     while to_come:
-        while_writing = to_come[-1]
+        while_writing, before = to_come[-1], half_written(folder)
         process, end = begin(flags), time.monotonic() + draw.uniform(0.0, 0.9 * whole)
         while not (ended := has_ended(process)) and time.monotonic() < end:
             time.sleep(0.002)
-        while while_writing and not ended and not half_written(folder):
+        while while_writing and not ended and not half_written(folder) - before:
             ended = has_ended(process)
         if ended:
             keep_results()
@@ -86,8 +86,9 @@ def main(folder: Path, kills: int, kills_while_writing: int, flags: list[str]) -
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         found["steps_at_kills"].append(newest_step(folder))
-        found["half_written"] += half_written(folder)
-        if not while_writing or half_written(folder):
+        struck = bool(half_written(folder) - before)
+        found["half_written"] += struck
+        if not while_writing or struck:
             to_come.pop()
         else:
             found["steps_at_kills"].pop()  # it was through before the kill struck

@@ -410,7 +410,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(RunError):
         SentinelCache.load(tmp_path / "missing")
     with pytest.raises(RunError):
-        cache.save(tmp_path / "no" / "folder")
+        cache.save(path / "no folder")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from kv_compression.errors import RunError, UsageError
 from kv_compression.experiment import only_run_in
 
 ROOT = Path(__file__).parent.parent
+ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "random": torch.tensor([1, 2], dtype=torch.uint8)}
 
 
@@ -142,10 +143,9 @@ def start(command, folder, *flags):
 
 def test_a_run_killed_at_any_moment_gives_what_an_unbroken_one_gives(command, unbroken, tmp_path, tell):
     """Twenty SIGKILLs at random moments, and five while a checkpoint is half written."""
-    killed_runs = [sys.executable, "-m", "tests.killed_runs", tmp_path / "run", "20", "5", *command[2:]]
-    done = subprocess.run(
-        killed_runs, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    flags = command[command.index(str(ROOT / "run_clm.py")) + 1 :]
+    killed_runs = [*ONE_THREAD, sys.executable, "-m", "tests.killed_runs", tmp_path / "run", "20", "5", *flags]
+    done = subprocess.run(killed_runs, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found["steps_at_kills"]) == 25

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,17 @@ def flags_of(tiny_run, protocol, folder, batch_size):
     return [str(ROOT / "run_clm.py"), *tiny_run, *PROTOCOLS[protocol], *own]
 
 
-def launch(programs, folder, *how):
+SHARDED = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+SHARDED += ["-m", "tests.sharded_on_cpus"]
+
+
+def launch(programs, folder, *how, status=0, **more):
     """Run programs in two processes, one after another."""
     (folder / "programs.json").write_text(json.dumps(programs))
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT, **more}
     command = [*LAUNCH, *how, str(folder / "programs.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert bool(done.returncode) == bool(status), done.stderr
     return done
 
 
@@ -49,13 +54,17 @@ def alone(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tiny_run, tmp_path_factory):
-    """The same by two processes with a copy of the model each, and by two that share its weights."""
+    """The same by two processes with a copy of the model each, and by two that share its weights and are cut off."""
     folder = tmp_path_factory.mktemp("together")
     programs = [flags_of(tiny_run, protocol, folder / protocol, 2) for protocol in PROTOCOLS]
     launch(programs, folder, "--multi_gpu", "-m", "tests.launched")
-    sharded = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
     program = flags_of(tiny_run, "matched", folder / "sharded", 2)
-    launch([program], folder, *sharded, "-m", "tests.sharded_on_cpus")
+    interrupted = launch([program], folder, *SHARDED, status=1, END_AT="9")
+    assert interrupted.stderr.count("interrupted after step 10 of 24: the same command with") == 1
+    shutil.copytree(folder / "sharded", folder / "ended by one")
+    launch([[*program, "--resume_from_checkpoint"]], folder, *SHARDED)
+    program = flags_of(tiny_run, "matched", folder / "ended by one", 4)
+    subprocess.run([sys.executable, *program, "--resume_from_checkpoint"], check=True, capture_output=True)
     return folder
 
 
@@ -63,14 +72,14 @@ def losses_of(folder: Path) -> list[float]:
     return [float(loss) for loss in re.findall(r"step \d+/\d+ loss ([0-9.]+)", (folder / "train.log").read_text())]
 
 
-@pytest.mark.parametrize("name", ["matched", "paper", "sharded"])
+@pytest.mark.parametrize("name", ["matched", "paper", "sharded", "ended by one"])
 def test_two_processes_do_what_one_does(alone, together, name, tell):
-    one, two = alone / name.replace("sharded", "matched"), together / name
+    one, two = alone / (name if name in PROTOCOLS else "matched"), together / name
     curve, other = losses_of(one), losses_of(two)
     assert len(curve) == len(other) >= 12
     assert other == pytest.approx(curve, abs=2e-5)
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (two, one))
-    assert (found["num_processes"], expected["num_processes"]) == (2, 1)
+    assert (found["num_processes"], expected["num_processes"]) == (1 if name == "ended by one" else 2, 1)
     assert found["blocks_sha256"] == expected["blocks_sha256"]
     assert found["training"]["tokens"] == expected["training"]["tokens"]
     for measured in SAME:

@@ -72,8 +72,24 @@ def test_a_models_dropout_is_replaced_and_shares_its_draws():
     found = [module for module in model.modules() if isinstance(module, BlockDropout)]
     assert len(found) == 4
     assert all(module.p == P and module.draws is model.draws for module in found)
-    assert len({(module.offset, *module.factors) for module in found}) == 4
+    assert len({tuple(module.offsets.tolist()) for module in found}) == 4
     assert model.draws.width == 32
+
+
+def test_modules_share_compiled_code():
+    """More of them than torch would compile anew for."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    draws, x = drawn(), torch.randn(4, 150, 64)
+    torch._dynamo.reset()
+    for number in range(10):
+        module = BlockDropout(P, draws, number)
+        assert torch.equal(torch.compile(module, backend=count, fullgraph=True)(x), module(x))
+    assert len(graphs) == 1
 
 
 def test_other_modules_are_left_alone():

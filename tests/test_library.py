@@ -78,9 +78,9 @@ def logits_of(model, ids: list[int]) -> torch.Tensor:
 
 def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
-    _, model, results = experiment.load_run(folder, "no")
-    sentinels = results["sentinels"] or {"cl_id": -1, "cr_id": -1}
-    with compressed_attention(model, rule=experiment.recorded_settings(results, folder).rule(**sentinels)):
+    _, model, settings = experiment.load_run(folder, "no")
+    sentinels = experiment.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
+    with compressed_attention(model, rule=settings.rule(**sentinels)):
         return logits_of(model, ids)
 
 

@@ -98,7 +98,7 @@ def test_the_embedded_model_is_named_as_others_know_it(results, run, monkeypatch
     folder = make_run(tmp_path / "run", "embedded", **KV)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert experiment.load_run(folder, "no")[2]["model"] == "embedded"
+    assert experiment.load_run(folder, "no")[2].model_name_or_path == "embedded"
 
 
 def results_of(run: Path) -> dict:
