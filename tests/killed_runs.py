@@ -5,6 +5,7 @@ struck, and then to its end; when it ends before, what it found is kept and it b
 JSON. Each process is forked from this one, so that the libraries are imported once.
 """
 
+import gc
 import json
 import os
 import random
@@ -52,6 +53,7 @@ def newest_step(folder: Path) -> int:
 
 
 def main(folder: Path, kills: int, kills_while_writing: int, flags: list[str]) -> dict:
+    gc.freeze()  # or every process looks through all that the libraries hold, longer than it is let live
     draw = random.Random(0)
     found = {"steps_at_kills": [], "half_written": 0, "results": [], "left_behind": []}
     flags = [*flags, "--output_dir", str(folder)]
