@@ -95,15 +95,8 @@ def test_other_settings_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def command(tiny_run):
     """A run of some steps of a tiny model as a program."""
-    return [
-        sys.executable,
-        str(ROOT / "run_clm.py"),
-        *tiny_run,
-        "--max_train_steps",
-        "60",
-        "--checkpointing_steps",
-        "2",
-    ]
+    run = [str(ROOT / "run_clm.py"), *tiny_run, "--max_train_steps", "60", "--checkpointing_steps", "2"]
+    return [*ONE_THREAD, sys.executable, *run]  # the same bits need the same number of threads
 
 
 def results_of(folder) -> dict:
