@@ -191,18 +191,23 @@ def _run(settings: Settings, resume: bool) -> dict:
         "python": platform.python_version(),
     }
     if accelerator.is_main_process:
-        if isinstance(tokenizer.chat_template, dict):  # its names would become names of files
-            tokenizer.chat_template = tokenizer.chat_template.get("default")
-        try:
-            model.save_pretrained(folder, save_embedding_layers=False)
-            tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise RunError(f"cannot save the adapter in {folder}: {error}") from error
+        save_model(model, tokenizer, folder)
         write_json(folder / RESULTS, results)
         checkpoints.clear()
         (folder / UNTRAINED).unlink(missing_ok=True)
     accelerator.end_training()
     return results
+
+
+def save_model(model: peft.PeftModel, tokenizer, folder: Path) -> None:
+    """Write the adapter, and the tokenizer with its sentinels, to `folder`. RunError if the disk refuses."""
+    if isinstance(tokenizer.chat_template, dict):  # their names, which are anybody's, would become names of files
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise RunError(f"cannot save the adapter in {folder}: {error}") from error
 
 
 def checkpoints_of(settings: Settings) -> Checkpoints:

@@ -189,7 +189,8 @@ def test_what_is_told_about_a_generation_file(tmp_path):
 
 SETTINGS = presets.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5})
 EVALUATION = Evaluation(20.0, 3.0, 3.0, 3.1, 100, 4, 0.5, 0.6, 64.0, 128, 1.5)
-RESULTS = test_report.results(**SETTINGS.identity()) | {
+RESULTS = test_report.results() | {
+    "settings": SETTINGS.identity(),
     **asdict(EVALUATION),
     "untrained": asdict(EVALUATION),
     "wall_seconds": 3.5,

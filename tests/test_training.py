@@ -1,3 +1,5 @@
+import re
+
 import accelerate
 import pytest
 import torch
@@ -5,6 +7,7 @@ import transformers
 
 from kv_compression import training
 from kv_compression.attention import compressed_attention
+from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks, SpanPlan
 from kv_compression.errors import RunError, UsageError
 from kv_compression.presets import Settings
@@ -211,3 +214,40 @@ def test_lora_targets():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(UsageError, match="unknown architecture bloom.*--lora_target_modules.*query_key_value"):
         training.lora_targets(bloom, None)
+
+
+def test_a_checkpoint_of_another_model_or_run_is_refused_and_changes_nothing(tmp_path):
+    blocks, wanted = blocks_of(), settings()
+
+    def train(model, **options):
+        with compressed_attention(model, rule=KVCompression(CL, CR)) as patch:
+            return training.train(model, blocks, patch, accelerate.Accelerator(), wanted, None, **options)
+
+    checkpoints = Checkpoints(tmp_path, {}, steps=3)
+    train(adapted(), checkpoints=checkpoints)
+    found = checkpoints.read(3)
+    model = adapted()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    names = [name for name in found.tensors if "lora_A" in name]
+    without = {name: value for name, value in found.tensors.items() if name != "optimizer.0.exp_avg"}
+    wrong = [
+        (found.tensors | {names[0]: torch.zeros(1)}, found.state, 3, names[0]),
+        (found.tensors | {"x": torch.zeros(1)}, found.state, 3, "x"),
+        (
+            {name: value for name, value in found.tensors.items() if name != "optimizer.0.exp_avg"},
+            found.state,
+            3,
+            "exp",
+        ),
+        (found.tensors | {"optimizer.0.step": torch.tensor(-1.0)}, found.state, 3, "optimizer.0.step"),
+        (found.tensors | {"random": torch.zeros_like(found.tensors["random"])}, found.state, 3, "random"),
+        (found.tensors, found.state | {"tokens": "1"}, 3, "state"),
+        (found.tensors, {}, 3, "state"),
+        (found.tensors, found.state, 2, "losses"),
+        (found.tensors, found.state, 6, "6 steps"),
+    ]
+    for tensors, state, step, words in wrong:
+        with pytest.raises(RunError, match=f"checkpoint of step {step} .*{re.escape(words)}"):
+            train(model, resume=Checkpoint(step, tensors, state))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert train(model, resume=found).steps == 6
