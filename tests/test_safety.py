@@ -110,9 +110,9 @@ def test_an_adapter_is_read_from_safetensors_alone(finished_run, tmp_path, monke
     (tmp_path / "trap.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\n")
     monkeypatch.syspath_prepend(tmp_path)
     told = json.loads(config.read_text())
-    for changes in ({"megatron_config": {"a": 1}, "megatron_core": "trap"}, {"peft_type": "XLORA"}, {"peft_type": "X"}):
+    for changes in ({"megatron_config": {"a": 1}, "megatron_core": "trap"}, {"peft_type": "XLORA"}):
         config.write_text(json.dumps(told | changes))
-        with pytest.raises(RunError, match="the adapter in .* cannot be loaded"):
+        with pytest.raises(RunError, match="the adapter in .* cannot be loaded: it is not of run_clm.py"):
             experiment.load_run(str(finished_run), "no")
     assert "trap" not in sys.modules
 
