@@ -351,6 +351,7 @@ def test_checkpoints(tmp_path, capsys):
     def use(draw) -> None:
         tensor_file(draw, path, tensors, note)
         found = Checkpoints(tmp_path, note["identity"]).read()
+        capsys.readouterr()  # it is told of damage
         if found is None:  # the run begins anew
             raise UsageError("no checkpoint")
         optimizer, scheduler = set_up()
@@ -363,7 +364,6 @@ def test_checkpoints(tmp_path, capsys):
 
     fuzz("checkpoints", lambda draw: draw, use)
     torch.set_rng_state(before)
-    capsys.readouterr()
 
 
 def test_saved_caches(tmp_path):
