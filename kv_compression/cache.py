@@ -458,7 +458,7 @@ class SentinelCache(Cache):
             self.layers.append(layer)
         padded = torch.arange(slots, device=self.real.device) >= self.lengths[:, None]
         in_range = {
-            "real": self.real != padded,
+            "real": (self.real != padded) & self.real.any(0),
             "kinds": (self.kinds >= 0) & (self.kinds <= GONE),
             "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
             "starts": (self.starts >= 0) & (self.starts <= 2 * NEVER),

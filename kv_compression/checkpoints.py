@@ -11,12 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from kv_compression.errors import RunError, UsageError
+from kv_compression.fields import Fields, has_all, is_count, is_object
 from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.whole_files import remove_partial
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+OF_A_CHECKPOINT: Fields = {"step": is_count, "identity": is_object, "state": is_object}
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ class Checkpoints:
             if step is not None and path.name != f"step_{step:08d}.safetensors":
                 continue
             tensors, note = read_tensors(path) or ({}, None)
-            kinds = {"step": int, "identity": dict, "state": dict}
-            if not isinstance(note, dict) or any(not isinstance(note.get(name), kinds[name]) for name in kinds):
+            if not has_all(note, OF_A_CHECKPOINT) or any(
+                not fits(note[name]) for name, fits in OF_A_CHECKPOINT.items()
+            ):
                 log.warning("the checkpoint %s is damaged: looking for the one before it", path)
                 print(f"the checkpoint {path} is damaged: looking for the one before it", flush=True)
                 continue

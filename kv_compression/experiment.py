@@ -196,15 +196,9 @@ def _run(settings: Settings, resume: bool) -> dict:
     }
     weights = trained(model)
     if accelerator.is_main_process:
-        if isinstance(tokenizer.chat_template, dict):  # its names would become names of files
-            tokenizer.chat_template = tokenizer.chat_template.get("default")
-        try:
-            if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
-                model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
-            model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the savers raise whatever their writers do
-            raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
+        if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
+            model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
+        save_model(model, tokenizer, folder, weights)
         write_card(folder, results)
         write_json(folder / RESULTS, results)
         checkpoints.clear()
@@ -231,6 +225,20 @@ def tidy(settings: Settings) -> None:
     """Remove what a finished run still has on the way: it was killed when its results were there already."""
     checkpoints_of(settings).clear()
     (Path(settings.output_dir) / UNTRAINED).unlink(missing_ok=True)
+
+
+def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter, and the tokenizer with its sentinels, to `folder`. RunError if the disk refuses.
+
+    `weights` are what `training.trained` has gathered, the model's own by default.
+    """
+    if isinstance(tokenizer.chat_template, dict):  # their names, which are anybody's, would become names of files
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the savers raise whatever their writers do
+        raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
 
 
 def checkpoints_of(settings: Settings) -> Checkpoints:

@@ -22,10 +22,10 @@ CONFIGS = {
 }
 
 
-def random_model(architecture: str, implementation: str = "eager", dtype=torch.float32, seed: int = 0):
+def random_model(architecture: str, implementation: str = "eager", dtype=torch.float32, seed: int = 0, layers: int = 2):
     """A causal language model in evaluation mode, the same weights for the same seed."""
     torch.manual_seed(seed)
-    config = type(CONFIGS[architecture]).from_dict(CONFIGS[architecture].to_dict())
+    config = type(CONFIGS[architecture]).from_dict(CONFIGS[architecture].to_dict() | {"num_hidden_layers": layers})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     torch.manual_seed(seed)
     for parameter in model.parameters():  # larger than the usual start, so that a wrong mask shows

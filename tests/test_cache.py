@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
-from kv_compression.errors import RunError
+from kv_compression.errors import RunError, UsageError
+from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention, measure
 from tests import slow_rules
 from tests.layouts import CL, CR, blocks, variants
@@ -380,6 +381,50 @@ def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
             reread.compress([0, 0], [-1, -1], model)
             assert torch.equal(model(more, past_key_values=reread).logits, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(tmp_path):
+    ids, path = torch.tensor([span_layout(20, 8)]), tmp_path / "cache"
+    model = MODELS["gpt_neox", torch.float32]
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, ids, KV, [10] * 99)
+    cache.save(path)
+    deeper, other = random_model("gpt_neox", "sdpa", layers=3), MODELS["gpt_neox", torch.float64]
+    for which in (other, MODELS["llama", torch.float32], deeper, random_model("gpt_neox", "sdpa", layers=1)):
+        with compressed_attention(which, rule=KV), pytest.raises(UsageError, match="the cache"):
+            which(torch.tensor([[5]]), past_key_values=SentinelCache.load(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "words"),
+    [
+        ({"kinds": torch.full((1, 9), 8)}, {}, "kinds"),
+        ({"real": torch.zeros(1, 9, dtype=torch.bool)}, {}, "real"),
+        ({"keys.1": None}, {}, "it holds"),
+        ({"x": torch.zeros(1)}, {}, "it holds"),
+        ({"text_read": torch.tensor([1])}, {}, "positions"),
+        ({"began": torch.tensor([1])}, {}, "began"),
+        ({"keys.0": torch.zeros(1, 4, 2, 8)}, {}, "keys"),
+        ({}, {"tokens_read": "9"}, "tokens_read"),
+        ({}, {"tokens_read": 1}, "text_read"),
+        ({}, {"rule": "windows"}, "rule"),
+        ({}, {"options": {}}, "options"),
+        ({}, {"format": "2"}, "of this version"),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change, told, words):
+    model, path = MODELS["gpt_neox", torch.float32], tmp_path / "cache"
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, torch.tensor([[3, CL, 4, 5, 6, CR, *range(7, 14)]]), KV, [10] * 99)
+    cache.save(path)
+    assert cache.slots == 9
+    tensors, note = read_tensors(path)
+    tensors = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+    write_tensors(path, tensors, note | told)
+    with pytest.raises(RunError, match=words) as caught:
+        SentinelCache.load(path)
+    assert str(path) in str(caught.value)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):

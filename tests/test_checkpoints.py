@@ -15,6 +15,7 @@ import torch
 from kv_compression.checkpoints import Checkpoints
 from kv_compression.errors import RunError, UsageError
 from kv_compression.experiment import only_run_in
+from kv_compression.tensor_files import write_tensors
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]
@@ -70,6 +71,16 @@ def test_any_damage_is_noticed_and_the_one_before_taken(tmp_path, capsys):
             files(tmp_path)[1].write_bytes(broken)
             assert checkpoints.read().step == 2
     assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"step": True}, {"step": "2"}, {"state": []}, {"identity": None}, {"step": -1}])
+def test_a_good_hash_over_a_wrong_note_is_damage(tmp_path, wrong):
+    note = {"step": 2, "identity": {"seed": 0}, "state": {}}
+    (tmp_path / "checkpoints").mkdir()
+    write_tensors(tmp_path / "checkpoints" / "step_00000002.safetensors", TENSORS, note)
+    assert of(tmp_path).read().step == 2
+    write_tensors(tmp_path / "checkpoints" / "step_00000002.safetensors", TENSORS, note | wrong)
+    assert of(tmp_path).read() is None
 
 
 def test_a_disk_that_refuses_leaves_the_last_good_one(tmp_path, monkeypatch):

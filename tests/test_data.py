@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import datasets
@@ -52,6 +53,14 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("numbers.jsonl", '{"text": 1}\n', UsageError, "not text"),
         ("nulls.jsonl", '{"text": null}\n', UsageError, "holds no text"),
         ("binary.csv", b"\xff\xfe\x00\x01", RunError, "cannot be read"),
+        ("archive.jsonl", gzip.compress(b'{"text": "x"}\n'), RunError, "cannot be read"),
+        ("surrogates.json", '[{"text": "\\ud800"}]', RunError, "surrogates not allowed"),
+        ("deep.json", "[" * 100_000, RunError, "recursion"),
+        ("list.json", '["a"]', RunError, "row 1 is no object, but str"),
+        ("wide.csv", 'text,id\na,1\n"b\nb",c,2\n', RunError, "line 4 has more fields"),
+        ("open.csv", 'text\n"a\n', RunError, "unexpected end of data"),
+        ("head.csv", "text\n", UsageError, "holds no text"),
+        ("control.jsonl", '{"a\\n\\u001b": "x"}', UsageError, "it has: a "),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, error, words):
@@ -61,6 +70,21 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
     with pytest.raises(error, match=words) as caught:
         data.load_file(str(path), "train")
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("marked.txt", b"\xef\xbb\xbfa\r\nb\n", ["a\n", "b\n"]),
+        ("marked.jsonl", b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\n\n{"text": null}\n{"id": 1}', ["a\u2028b"]),
+        ("pretty.json", b'{\n "text": "a"\n}\n', ["a"]),
+        ("table.csv", b'text\nNA\n""\n1\n"a ""b"", c\nd"\n', ["NA", "", "1", 'a "b", c\nd']),
+        ("long.csv", b"text\n" + b"x" * 200_000, ["x" * 200_000]),
+    ],
+)
+def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content)
+    assert data.read_texts(str(tmp_path / name), "docs_file") == texts
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,8 @@ def test_what_is_told_about_a_generation_file(tmp_path):
 
 SETTINGS = presets.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5})
 EVALUATION = Evaluation(20.0, 3.0, 3.0, 3.1, 100, 4, 0.5, 0.6, 64.0, 128, 1.5)
-RESULTS = test_report.results(**SETTINGS.identity()) | {
+RESULTS = test_report.results() | {
+    "settings": SETTINGS.identity(),
     **asdict(EVALUATION),
     "untrained": asdict(EVALUATION),
     "wall_seconds": 3.5,
@@ -350,6 +351,7 @@ def test_checkpoints(tmp_path, capsys):
     def use(draw) -> None:
         tensor_file(draw, path, tensors, note)
         found = Checkpoints(tmp_path, note["identity"]).read()
+        capsys.readouterr()  # it is told of damage
         if found is None:  # the run begins anew
             raise UsageError("no checkpoint")
         optimizer, scheduler = set_up()
@@ -362,7 +364,6 @@ def test_checkpoints(tmp_path, capsys):
 
     fuzz("checkpoints", lambda draw: draw, use)
     torch.set_rng_state(before)
-    capsys.readouterr()
 
 
 def test_saved_caches(tmp_path):

@@ -41,6 +41,18 @@ def test_a_file_of_other_settings_is_kept_unless_overwritten(tmp_path):
     assert path.read_text() == ""
 
 
+def test_records_that_serve_nobody_are_not_usable():
+    wrong = [{"prefix_tokens": 0}, {"cache_length": -1}, {"index": True}, {"index": "0"}, {"continuations": "a"}]
+    assert records.usable([RECORD, *(RECORD | change for change in wrong)]) == [RECORD]
+
+
+def test_what_is_told_wrongly_is_named(tmp_path):
+    for told in ({"method": ["x"]}, {"bound_ratio": "0.5"}, {"preset": {}}, {"documents_sha256": 1}):
+        (tmp_path / "x.about.json").write_text(json.dumps(ABOUT | told))
+        with pytest.raises(RunError, match=f"x.about.json is damaged: {next(iter(told))}"):
+            records.read_about(tmp_path / "x.jsonl")
+
+
 def test_damaged_lines_are_named(tmp_path):
     path = tmp_path / "generation.jsonl"
     path.write_bytes(b'{"index": 0}\n\n{"index"\n[1]\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"index": 1}')

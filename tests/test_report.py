@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -342,6 +344,20 @@ def test_files_of_other_programs_are_passed_over(tmp_path):
     found = measured.collect(tmp_path)
     assert found.unreadable == []
     assert [run.path for run in found.groups[0].runs] == ["000/results.json", "kv_0.1.json"]
+
+
+def test_text_of_files_stays_in_its_place(tmp_path):
+    names = {"model_name_or_path": "a|b\n# c `d` <e> ](f)\\", "cr_visibility": "x|y\r\nz"}
+    write(tmp_path, results() | {"device": "gpu\n1,2"}, results(**names), results("local_attention", **names))
+    (tmp_path / os.fsdecode(b"\xff|\n")).mkdir()
+    shutil.copy(tmp_path / "000" / "results.json", tmp_path / os.fsdecode(b"\xff|\n") / "results.json")
+    text = report.write(measured.collect(tmp_path), tmp_path / "out").read_text(encoding="utf-8")
+    assert "group 2: a\\|b # c 'd' &lt;e> ]\\(f)\\\\ on test.txt" in text
+    assert "CR sees x\\|y z" in text
+    assert "\n- \\\\xff\\| /results.json: 000/results.json is used\n" in text
+    lines = (tmp_path / "out" / "report_runs.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 3
+    assert '"gpu 1,2"' in lines[1]
 
 
 def test_infinite_and_missing_numbers_are_dashes(tmp_path):

@@ -48,6 +48,16 @@ def test_what_is_not_results_is_named(tmp_path, content):
         results.read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"method": "a|b"}, {"bound_ratio": 1}, {"seed": "0"}, {"settings": []}, {"untrained": 3}, {"protocol": {}}],
+)
+def test_results_with_other_fields_are_named(tmp_path, wrong):
+    (tmp_path / results.RESULTS).write_text(json.dumps(RUN | wrong))
+    with pytest.raises(RunError, match=f"results.json is damaged: {next(iter(wrong))}"):
+        results.read_results(tmp_path)
+
+
 def test_no_results(tmp_path):
     assert results.read_results(tmp_path) is None
 

@@ -50,7 +50,9 @@ def test_a_method_script_passes_ratio_and_flags_on(project, tmp_path, method):
     assert project(f"run_clm_{method}.sh", "0.5", status=1)[0].returncode == 1
 
 
-@pytest.mark.parametrize("ratio", [[], ["abc"], ["1"], ["1.0"], ["-0.5"], ["nan"], ["0.5.5"], ["."], [""], ["0.5x"]])
+@pytest.mark.parametrize(
+    "ratio", [[], ["abc"], ["1"], ["1.0"], ["-0.5"], ["nan"], ["0.5.5"], ["."], [""], ["0.5x"], ["0;id"], ["0$(id)"]]
+)
 @pytest.mark.parametrize("script", ["run_clm_kv_compression.sh", "quickstart.sh"])
 def test_a_bad_ratio_prints_usage_and_exits_2(project, script, ratio):
     if script == "quickstart.sh" and not ratio[:1]:

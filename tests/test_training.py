@@ -1,3 +1,5 @@
+import re
+
 import accelerate
 import pytest
 import torch
@@ -5,6 +7,7 @@ import transformers
 
 from kv_compression import training
 from kv_compression.attention import compressed_attention
+from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks, SpanPlan
 from kv_compression.errors import RunError, UsageError
 from kv_compression.presets import Settings
@@ -31,11 +34,11 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
     return training.add_lora(model, training.lora_targets(model, None), 4, (CL, CR))
 
 
-def run(model, blocks, rule, wanted):
+def run(model, blocks, rule, wanted, **options):
     accelerator = accelerate.Accelerator()
     with compressed_attention(model, rule=rule) as patch:
         prepared = training.prepare(model, accelerator, wanted)
-        report = training.train(prepared, blocks, patch, accelerator, wanted, None)
+        report = training.train(prepared, blocks, patch, accelerator, wanted, None, **options)
         assert patch.rule == rule
         return report
 
@@ -213,3 +216,34 @@ def test_lora_targets():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(UsageError, match="unknown architecture bloom.*--lora_target_modules.*query_key_value"):
         training.lora_targets(bloom, None)
+
+
+def test_a_checkpoint_of_another_model_or_run_is_refused_and_changes_nothing(tmp_path):
+    blocks, wanted = blocks_of(), settings()
+
+    def train(model, **options):
+        return run(model, blocks, KVCompression(CL, CR), wanted, **options)
+
+    checkpoints = Checkpoints(tmp_path, {}, steps=3)
+    train(adapted(), checkpoints=checkpoints)
+    found = checkpoints.read(3)
+    model = adapted()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    names = [name for name in found.tensors if "lora_A" in name]
+    without = {name: value for name, value in found.tensors.items() if name != "optimizer.0.exp_avg"}
+    wrong = [
+        (found.tensors | {names[0]: torch.zeros(1)}, found.state, 3, names[0]),
+        (found.tensors | {"x": torch.zeros(1)}, found.state, 3, "x"),
+        (without, found.state, 3, "optimizer.0.exp_avg"),
+        (found.tensors | {"optimizer.0.step": torch.tensor(-1.0)}, found.state, 3, "optimizer.0.step"),
+        (found.tensors | {"random": torch.zeros_like(found.tensors["random"])}, found.state, 3, "random"),
+        (found.tensors, found.state | {"tokens": "1"}, 3, "state"),
+        (found.tensors, {}, 3, "state"),
+        (found.tensors, found.state, 2, "losses"),
+        (found.tensors, found.state, 7, "6 steps"),
+    ]
+    for tensors, state, step, words in wrong:
+        with pytest.raises(RunError, match=f"checkpoint of step {step} .*{re.escape(words)}"):
+            train(model, resume=Checkpoint(step, tensors, state))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert train(model, resume=found).steps == 6
