@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kv_compression.errors import RunError, UsageError
-from kv_compression.fields import Fields, has_all, is_count, is_object
+from kv_compression.fields import Fields, is_count, is_object, wrong
 from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.whole_files import remove_partial
 
@@ -75,9 +75,7 @@ class Checkpoints:
             if step is not None and path.name != f"step_{step:08d}.safetensors":
                 continue
             tensors, note = read_tensors(path) or ({}, None)
-            if not has_all(note, OF_A_CHECKPOINT) or any(
-                not fits(note[name]) for name, fits in OF_A_CHECKPOINT.items()
-            ):
+            if not is_object(note) or wrong(note, OF_A_CHECKPOINT):
                 log.warning("the checkpoint %s is damaged: looking for the one before it", path)
                 print(f"the checkpoint {path} is damaged: looking for the one before it", flush=True)
                 continue

@@ -97,11 +97,13 @@ def has_all(content, fields: Fields) -> bool:
     return is_object(content) and all(name in content for name in fields)
 
 
+def wrong(content: dict, needed: Fields, sometimes: Fields | None = None) -> list[str]:
+    """The fields that hold what they must not; `sometimes` are those that may be null or missing."""
+    found = {name: fits for name, fits in (sometimes or {}).items() if content.get(name) is not None}
+    return [name for name, fits in (needed | found).items() if not fits(content.get(name))]
+
+
 def check(content: dict, needed: Fields, sometimes: Fields | None = None) -> None:
-    """ValueError, naming them, if fields hold what they must not; `sometimes` are those that may be null or missing."""
-    wrong = [name for name, fits in needed.items() if not fits(content.get(name))]
-    for name, fits in (sometimes or {}).items():
-        if content.get(name) is not None and not fits(content[name]):
-            wrong.append(name)
-    if wrong:
-        raise ValueError(f"is damaged: {', '.join(wrong)}")
+    """ValueError, naming them, if there are `wrong` fields."""
+    if named := ", ".join(wrong(content, needed, sometimes)):
+        raise ValueError(f"is damaged: {named}")
