@@ -306,9 +306,9 @@ def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase
         )
     except Exception as error:  # loaders raise whatever their parsers do
         raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
-    name = settings.attn_implementation
-    if name in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
-        raise UsageError(f"{name} cannot train on a CPU: use --attn_implementation sdpa")
+    attention = settings.attn_implementation
+    if attention in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
+        raise UsageError(f"{attention} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
     return tokenizer, model, None if os.path.isdir(local) else _commit(name)

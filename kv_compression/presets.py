@@ -104,7 +104,7 @@ class Settings:
         """An identity in which it is the same, by how many processes a batch is shared."""
         identity = dict(identity)
         shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
-        trained = None not in shares and not identity.get("eval_only")
+        trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
         return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
     def check(self) -> None:

@@ -422,6 +422,8 @@ def test_tensors_kept_for_the_next_run(monkeypatch, tmp_path):
 
 
 def test_every_letter_of_a_plot_is_drawn_as_it_is(tmp_path):
-    found = RESULTS | {"settings": RESULTS["settings"] | {"model_name_or_path": "$\\x^{$", "cr_visibility": "$\\y$"}}
-    write_report(test_report.write(tmp_path / "in", found | {"protocol": "paper"}), tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    found = RESULTS | {"settings": RESULTS["settings"] | {"model_name_or_path": "$\\x^{$"}}
+    found |= {"protocol": "paper"}
+    ratios = [found | {"bound_ratio": ratio, "kept_keys_mean": 100 * (1 - ratio)} for ratio in (0.3, 0.6)]
+    write_report(test_report.write(tmp_path / "in", *ratios), tmp_path / "out")
+    assert list((tmp_path / "out").glob("*.png"))
