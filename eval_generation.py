@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kv_compression import fields, strict_json
 from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
+from kv_compression.records import scores_path
 from kv_compression.results import figure, write_json, write_text
-from kv_compression.whole_files import file_name
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 SHOWN: fields.Fields = {  # what the table needs of a scores.json, besides the scores
@@ -95,11 +95,6 @@ def look_up(path: Path, flags) -> tuple:
     if scores is not None and any(scores.get(name) != value for name, value in made_from.items()):
         scores = None
     return about, models, made_from, scores
-
-
-def scores_path(path: Path) -> Path:
-    """scores.json beside generation.jsonl, scores_X.json beside X.jsonl."""
-    return path.with_name("scores.json" if path.stem == "generation" else f"scores_{file_name(path.stem)}.json")
 
 
 def read_scores(path: Path) -> dict | None:

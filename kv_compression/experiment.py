@@ -201,8 +201,7 @@ def _run(settings: Settings, resume: bool) -> dict:
         save_model(model, tokenizer, folder, weights)
         write_card(folder, results)
         write_json(folder / RESULTS, results)
-        checkpoints.clear()
-        (folder / UNTRAINED).unlink(missing_ok=True)
+        tidy(settings)
         remove_partial(folder)
     return results
 
@@ -222,7 +221,7 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
 
 
 def tidy(settings: Settings) -> None:
-    """Remove what a finished run still has on the way: it was killed when its results were there already."""
+    """Remove what a finished run has on the way; one that was killed when its results were there still has it."""
     checkpoints_of(settings).clear()
     (Path(settings.output_dir) / UNTRAINED).unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from kv_compression import fields, strict_json
 from kv_compression.errors import UsageError, one_line, printable
 from kv_compression.fields import number
 from kv_compression.plots import label
+from kv_compression.records import scores_path
 
 FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
 CLAIMED = ("local_attention", "scattered_attention")  # the published claim says nothing of sinks
@@ -243,8 +244,10 @@ def collect(folder: Path) -> Found:
     paths = {_shown(path.relative_to(folder)): path for path in folder.rglob("*.json")}
     for name, path in sorted(paths.items()):
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if name.endswith(".about.json") and not hidden and not _scores_of(path).is_file():
-            found.unscored.append(name.removesuffix(".about.json") + ".jsonl")
+        if name.endswith(".about.json") and not hidden:
+            generation = path.with_name(path.name.removesuffix(".about.json") + ".jsonl")
+            if not scores_path(generation).is_file():
+                found.unscored.append(name.removesuffix(".about.json") + ".jsonl")
         if hidden or not path.is_file() or any(fnmatch(path.name, pattern) for pattern in NOT_RESULTS):
             continue
         try:
@@ -258,12 +261,6 @@ def collect(folder: Path) -> Found:
         raise UsageError(f"{folder}: no results of run_clm.py or eval_generation.py below it{hint}")
     _add_scores(found, scores, _add_runs(found, runs), folder)
     return found
-
-
-def _scores_of(about: Path) -> Path:
-    """Where the scores go of the continuations that a file tells about."""
-    stem = about.name.removesuffix(".about.json")
-    return about.with_name("scores.json" if stem == "generation" else f"scores_{stem}.json")
 
 
 def _shown(path: Path) -> str:

@@ -9,11 +9,17 @@ from kv_compression import strict_json
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import OF_A_GENERATION, check, is_count
 from kv_compression.results import write_json
+from kv_compression.whole_files import file_name
 
 
 def about_path(path: Path) -> Path:
     """The file beside `path` that says what made it."""
     return path.with_suffix(".about.json")
+
+
+def scores_path(path: Path) -> Path:
+    """The file beside `path` that holds its scores: scores.json for generation.jsonl, scores_X.json for X.jsonl."""
+    return path.with_name("scores.json" if path.stem == "generation" else f"scores_{file_name(path.stem)}.json")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,15 +1,29 @@
 """Finished runs of run_clm.py with tiny models, in a second or two each."""
 
 import json
+import sys
 from pathlib import Path
 
 import transformers
 from accelerate.state import AcceleratorState
 
 from kv_compression import experiment, presets
+from kv_compression.errors import run_script
 from tests.conftest import sentences, write_tiny_model
 
 KV = {"method": "kv_compression", "bound_ratio": 0.5, "max_span_length": 8, "sentinel_learning_rate": 0.1}
+
+
+def call_script(main, argv: list[str], monkeypatch, capsys) -> tuple[int, list[str], list[str]]:
+    """Run a script's `main` as a program would; returns exit status, stdout lines and the lines of errors."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        status = run_script(main)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def write_texts(folder: Path) -> dict[str, str]:

@@ -3,18 +3,16 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from accelerate.state import AcceleratorState
 
 import export_model
 import run_clm
 from kv_compression import hub
-from kv_compression.errors import RunError, UsageError, run_script
-from tests.runs import KV, make_run, write_texts
+from kv_compression.errors import RunError, UsageError
+from tests.runs import KV, call_script, make_run, write_texts
 
 SHARED = {"README.md", "results.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
 SHARED |= {"tokenizer_config.json"}
@@ -27,18 +25,12 @@ def call(tiny_model, tmp_path, monkeypatch, capsys):
     files = write_texts(tmp_path)
 
     def call(script, *flags):
-        AcceleratorState._reset_state(reset_partial_state=True)
         tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
         tiny += ["--block_size", "32", "--max_span_length", "8", "--max_train_steps", "2", "--max_eval_blocks", "2"]
         tiny += ["--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out/a run"]
         tiny += [word for name, value in files.items() for word in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", [script.__file__, *(tiny if script is run_clm else []), *flags])
-        try:
-            status = run_script(script.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("error: ")]
+        argv = [script.__file__, *(tiny if script is run_clm else []), *flags]
+        return call_script(script.main, argv, monkeypatch, capsys)
 
     return call
 

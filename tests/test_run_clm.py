@@ -10,12 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
 
 import run_clm
 from kv_compression import data, sentinels
-from kv_compression.errors import run_script
 from tests.conftest import sentences
+from tests.runs import call_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,17 +36,10 @@ def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, defaults=True):
-        AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
         tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
         tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
         tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
-        monkeypatch.setattr(sys, "argv", ["run_clm.py", *(tiny if defaults else []), *flags])
-        try:
-            status = run_script(run_clm.main)
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("error: ")]
+        return call_script(run_clm.main, ["run_clm.py", *(tiny if defaults else []), *flags], monkeypatch, capsys)
 
     return call
 
