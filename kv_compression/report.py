@@ -400,8 +400,9 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
         if rows:
             report.say(
                 f"**At an equal mean number of kept keys** (protocol {protocol}), the baseline interpolated (≈) "
-                "between the measured runs whose kept keys stand in brackets. Its curve bends: a straight line between "
-                "distant neighbours mostly lies above it, in favour of KV compression."
+                "between the measured runs whose kept keys stand in brackets; a seed that was run at few ratios only, "
+                "so that its runs lie further apart there than another's, is left out. The curve bends: a straight "
+                "line between distant neighbours mostly lies above it, in favour of KV compression."
             )
             report.say(*_conclusions_1(rows, "compared"))
             report.show({name: tell for name, tell in OF_A_COMPARISON.items() if name != "removed"}, rows)

@@ -33,6 +33,7 @@ from kv_compression.plots import label
 
 ABOUT_AS_LOW = 1.05  # "about as low as, or lower" is read as: at most this times the baseline's perplexity
 SIGNIFICANT = 0.05
+WIDER = 1.5  # a straight line is drawn between runs at most so many times as far apart as the closest pair of any seed
 # What this project aims at with its variants, by the share truly removed: `beyond` says of what, as shares.
 AIMS = {0.5: {"sink": 1.0, "best_sink": 1.0, "full": 1.15}, 0.9: {"gap": 0.5, "sink": 0.75, "best_sink": 0.75}}
 # Student's t at 97.5% by degrees of freedom. Beyond the table its last entry, a little too wide, is used.
@@ -86,7 +87,8 @@ class Between(NamedTuple):
 def at_kept_keys(curve: Iterable[Point], kept: float) -> dict[int, Between]:
     """A method's nats per token at a mean number of kept keys, by seed.
 
-    Linear between the two measured neighbours; a seed whose runs do not reach around `kept` has none.
+    Linear between the two measured neighbours. A seed whose runs do not reach around `kept` has none, nor one that was
+    measured at few ratios, so that its neighbours lie over `WIDER` times as far apart as another's.
     """
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for point in curve:
@@ -100,7 +102,8 @@ def at_kept_keys(curve: Iterable[Point], kept: float) -> dict[int, Between]:
         if below and above:
             share = (kept - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
             found[seed] = Between(below[1] + share * (above[1] - below[1]), below[0], above[0])
-    return found
+    closest = min((one.above - one.below for one in found.values()), default=0.0)
+    return {seed: one for seed, one in found.items() if one.above - one.below <= WIDER * closest}
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,21 @@ def test_kept_keys_are_interpolated_inside_the_measured_range_only(tmp_path):
     assert described[0.9]["sink_perplexity"] is described[0.1]["sink_perplexity"] is None
 
 
+def test_a_seed_that_was_measured_at_few_ratios_is_not_interpolated_over_a_wider_gap(tmp_path):
+    whole = [
+        results("sink_attention", nll=n, kept=k, ratio=r) for r, n, k in ((0.5, 3, 60), (0.7, 3.2, 40), (0.9, 4, 20))
+    ]
+    ends = [results("sink_attention", seed=1, nll=n, kept=k, ratio=r) for r, n, k in ((0.5, 3, 60), (0.9, 4, 21))]
+    kv = [results(nll=3.5, kept=30, seed=seed) for seed in (0, 1)]
+    group = group_of(tmp_path, *whole, *ends, *kv)
+    (row,) = verdicts.judge_kept_keys(group, "matched")
+    assert row["seeds"] == 1 and row["baseline_perplexity"] == pytest.approx(math.exp(3.6))
+    assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 40)
+    near = [results("sink_attention", seed=1, nll=3.2, kept=41, ratio=0.7)]
+    (row,) = verdicts.judge_kept_keys(group_of(tmp_path / "both", *whole, *ends, *near, *kv), "matched")
+    assert row["seeds"] == 2 and (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 41)
+
+
 def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
     sinks = [results("sink_attention", ratio, nll=nll, kept=kept) for ratio, nll, kept in ((0.5, 3, 60), (0.9, 4, 20))]
     one = {"sink_tokens": 1}
