@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -32,13 +33,21 @@ _METHODS = {
     "sink_attention": (PURPLE, "D"),
 }
 _SINK_MARKERS = ("d", "X", "v", "p")  # sink attention with other numbers of sinks
+VARIANTS = "variants of KV compression"
 PERPLEXITY, ASKED = "test perplexity (log scale)", "compression ratio asked for"
 RATIOS = {tenths / 10: f"{tenths / 10:g}" for tenths in range(10)}
 SHARES = {tenths / 10: f"{tenths / 10:g}" for tenths in range(0, 11, 2)}
 BEYOND_ALL_PLOTS = 1e30
 BREAK = (math.nan,) * 4  # a point that ends a line, the next one begins another
 NARROW, WIDENED = 1.5, 1.5  # a log axis whose values span less gets so much room on both sides
-NEAR = 16  # pixels; names of points that are no further apart are written as one
+NEAR = 28  # pixels, about a name; names of points that are no further apart are written as one
+SIDES = (
+    (-1, -1),
+    (0, -1),
+    (1, -1),
+    (-1, 1),
+    (1, 1),
+)  # of a point, where its name may stand; the first of those with equal room
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def kept_keys(curves: Sequence[Sequence], variants: Sequence[tuple]) -> Picture:
     marks = [(mark.points[0], str(number)) for mark, (_, number) in zip(marks, variants) if mark.points]
     best = front(marks)
     rest = [point for point, name in marks if (point, name) not in best]
-    drawn.append(Curve("variants of KV compression", rest, GREY, "o", "", size=3.5))
+    drawn.append(Curve(VARIANTS, rest, GREY, "o", "", size=3.5))
     points, names = [point for point, _ in best], [name for _, name in best]
     drawn.append(Curve("best variants, by number in the table", points, ORANGE, "*", "", size=9, names=names))
     words = "keys held while a token is read, a span still being read in full,\nmean over tokens (log scale)"
@@ -160,11 +169,15 @@ def front(marks: Sequence[tuple]) -> list[tuple]:
 
 
 def scores(found: Sequence) -> Picture:
-    """Claim 2's three scores against the ratio asked for: at each ratio methods, and their seeds, side by side."""
-    kinds: dict[tuple[str, bool], list] = {}
+    """Claim 2's three scores against the ratio asked for: at each ratio methods, and their seeds, side by side.
+
+    Variants, of KV compression, stand beside the plain method, in the order that `found` has.
+    """
+    kinds: dict[tuple[str, bool, bool], list] = {}
     for score in found:
-        kinds.setdefault((score.method, score.has_sentinels and score.protocol == "paper"), []).append(score)
-    full = kinds.pop((published.FULL, False), [])
+        kind = (score.method, score.has_sentinels and score.protocol == "paper", bool(score.variant))
+        kinds.setdefault(kind, []).append(score)
+    full = kinds.pop((published.FULL, False, False), [])
     ratios = sorted({score.ratio for those in kinds.values() for score in those})
     columns = {
         kind: max(sum(score.ratio == ratio for score in those) for ratio in ratios) for kind, those in kinds.items()
@@ -182,17 +195,19 @@ def scores(found: Sequence) -> Picture:
             level = (0.0, *(statistics.fmean(column) for column in zip(*values)))
             curves.append(_of_method(published.FULL, label(published.FULL), [level]))
         column = 0
-        for (method, hollow), those in kinds.items():
+        for kind, those in kinds.items():
+            method, hollow, varied = kind
             points = []
             for place, ratio in enumerate(ratios):
                 there = [value for score in those if score.ratio == ratio and (value := _estimate(score, metric))]
-                first = column + (columns[method, hollow] - len(there)) / 2
+                first = column + (columns[kind] - len(there)) / 2
                 points += [
                     (place + step * (first + number + (1 - total) / 2), *value) for number, value in enumerate(there)
                 ]
-            column += columns[method, hollow] + gap
-            name = label(method) + ", protocol paper" * hollow
-            curves.append(_of_method(method, name, points, "", filled=not hollow, size=size))
+            column += columns[kind] + gap
+            name = VARIANTS * varied or label(method)
+            look = _of_method(method, name + ", protocol paper" * hollow, points, "", filled=not hollow, size=size)
+            curves.append(replace(look, colour=ORANGE, marker="*", size=1.5 * size) if varied else look)
         log_y = metric == "perplexity"
         panels.append(Panel(words + "\n(log scale)" * log_y, curves, x_ticks=ticks, rooms=True, log_y=log_y))
     panels[-1] = replace(panels[-1], x_label=ASKED)
@@ -338,29 +353,46 @@ def _draw_panel(axes, panel: Panel) -> None:
             capsize=3,
             zorder=2 if curve.muted else 2.5,
         )
+    if any(curve.names for curve in panel.curves):
+        axes.margins(y=0.1)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.set_title(panel.title, fontsize=10)
     axes.grid(True, which="major", axis="y" if panel.rooms else "both", alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    marks = [point[:2] for curve in panel.curves for point in curve.points if point is not BREAK and not curve.level]
     for curve in panel.curves:
-        _write_names(axes, curve)
+        _write_names(axes, curve, marks)
 
 
-def _write_names(axes, curve: Curve) -> None:
-    """Write a curve's names left of and below its points; those of points that lie together, beside each other."""
-    written: list[tuple] = []
+def _write_names(axes, curve: Curve, marks: Sequence[tuple[float, float]]) -> None:
+    """Write a curve's names at its points, where other `marks` leave most room; those of near points side by side."""
+    near: list[list[tuple]] = []
     for name, (x, y, *_) in zip(curve.names, curve.points):
         place = axes.transData.transform((x, y))
-        together = next((names for other, _, names in written if abs(place - other).max() < NEAR), None)
+        together = next((those for those in near if abs(place - those[0][0]).max() < NEAR), None)
         if together is None:
-            written.append((place, (x, y), [name]))
-        else:
-            together.append(name)
-    halo = [withStroke(linewidth=2.5, foreground="white")]
-    style = {"ha": "right", "va": "top", "fontsize": 8, "path_effects": halo}
-    for _, point, names in written:
-        axes.annotate(", ".join(names), point, xytext=(-2.5, -2.5), textcoords="offset points", **style)
+            near.append(together := [])
+        together.append((place, (x, y), name))
+    style = {"fontsize": 8, "path_effects": [withStroke(linewidth=2.5, foreground="white")], "zorder": 4}
+    there = [axes.transData.transform(mark) for mark in marks]
+    for those in near:
+        place, point, _ = min(those, key=lambda one: one[0][1])  # the lowest
+        across, up = (0, -1) if len(those) > 1 else _side_with_room(place, there)
+        aligned = {"ha": ("center", "left", "right")[across], "va": "top" if up < 0 else "bottom"}
+        offset = (2.5 * across, (2.5 if across else 6) * up)
+        text = ", ".join(name for *_, name in those)
+        axes.annotate(text, point, xytext=offset, textcoords="offset points", **style, **aligned)
+
+
+def _side_with_room(place: np.ndarray, marks: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Which of `SIDES` of a place is furthest from all marks but its own; pixels."""
+    others = [mark for mark in marks if math.dist(mark, place) > 1]
+    room = {
+        side: min((math.dist(mark, place + NEAR * np.array(side)) for mark in others), default=math.inf)
+        for side in SIDES
+    }
+    return max(SIDES, key=room.get)
 
 
 def _plain_ticks(axis, values: Sequence[float]) -> None:

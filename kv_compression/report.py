@@ -342,7 +342,7 @@ def _scores_section(report: Report, scores: Sequence[Score], count: int) -> None
         "over documents with 95% bootstrap intervals."
     )
     ordered = sorted(scores, key=lambda s: (rank(s.method), s.variant, s.protocol, s.ratio, s.seed or 0))
-    drawn = [score for score in ordered if not score.variant]
+    drawn = [score for score in ordered if score.method == KV or not score.variant]
     words = "ROUGE-L, BERTScore and perplexity of continuations against the ratio asked for"
     report.picture(f"report_scores_{count}.png", words, plots.scores(drawn))
     columns = {

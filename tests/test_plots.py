@@ -83,8 +83,17 @@ def test_names_of_points_that_lie_together_are_written_as_one():
     axes = Figure(figsize=(4, 3), dpi=100).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     points = [(x, y, y, y) for x, y in ((0.1, 0.9), (0.11, 0.89), (0.5, 0.5))]
-    plots._write_names(axes, plots.Curve("a", points, names=("3", "12", "7")))
+    plots._write_names(axes, plots.Curve("a", points, names=("3", "12", "7")), [point[:2] for point in points])
     assert [text.get_text() for text in axes.texts] == ["3, 12", "7"]
+
+
+@pytest.mark.parametrize("others, side", [(((0.46, 0.46),), ("left", "bottom")), (((0.54, 0.54),), ("right", "top"))])
+def test_a_name_stands_where_no_other_mark_is(others, side):
+    axes = Figure(figsize=(4, 3), dpi=100).subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    plots._write_names(axes, plots.Curve("a", [(0.5, 0.5, 0.5, 0.5)], names=("7",)), [(0.5, 0.5), *others])
+    (text,) = axes.texts
+    assert (text.get_horizontalalignment(), text.get_verticalalignment()) == side
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -112,3 +121,21 @@ def test_scores_at_one_ratio_stand_side_by_side(tmp_path, seeds):
         apart = min(after - before for before, after in zip(places, places[1:]))
         size = max(curve.size for curve in panel.curves if not curve.level) / 72  # inches
         assert apart * plots.WIDTH * 0.85 / 9 > 0.9 * size
+
+
+def test_scores_of_variants_stand_beside_the_plain_method(tmp_path):
+    for number, changes in enumerate(({}, {"recent_tokens": 15}, {"sink_tokens": 1}, {"method": "sink_attention"})):
+        (folder := tmp_path / str(number)).mkdir()
+        run = results(**changes)
+        (folder / "results.json").write_text(json.dumps(run))
+        (folder / "scores.json").write_text(json.dumps(scores(run["method"])))
+    (found,) = measured.collect(tmp_path).scores
+    ordered = sorted(found, key=lambda score: (measured.rank(score.method), score.variant))
+    for panel in plots.scores(ordered).panels:
+        assert [(curve.label, len(curve.points)) for curve in panel.curves] == [
+            ("KV compression", 1),
+            (plots.VARIANTS, 2),
+            ("sink attention", 1),
+        ]
+        places = [point[0] for curve in panel.curves for point in curve.points]
+        assert places == sorted(set(places))
