@@ -3,7 +3,6 @@
 Knows what results.json holds and what a README.md looks like there; nothing is measured or uploaded here.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from kv_compression import fields
 from kv_compression.errors import RunError, one_line
 from kv_compression.hub import repository_name
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
@@ -140,7 +140,7 @@ def evaluations(results: dict) -> list[EvalResult]:
     """The measured perplexities for the hub's model index."""
     found = []
     for split, scores in (("test", results), ("validation", results.get("validation") or {})):
-        if finite(scores.get("perplexity")):
+        if fields.number(scores.get("perplexity")) is not None:
             dataset, config = text_of(results["settings"], split)
             found.append(
                 EvalResult(
@@ -284,11 +284,6 @@ def on_hub(name: str | None) -> bool:
     return "/" in name and not Path(name).exists()
 
 
-def finite(value) -> bool:
-    """Whether it is a number that can be written down."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def number(value, digits: int = 0) -> str:
     """A number with so many decimals, "-" where there is none."""
-    return f"{value:,.{digits}f}" if finite(value) else "-"
+    return f"{value:,.{digits}f}" if fields.number(value) is not None else "-"
