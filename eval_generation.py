@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -171,11 +172,19 @@ def render(table: list[dict]) -> str:
 
 
 def comparisons(scored: dict[Path, dict]) -> list[str]:
-    """For every two methods at one ratio on the same documents: the difference of means and its p-value."""
+    """For every two methods at one ratio on the same documents: the difference of means and its p-value.
+
+    Where a method has several files at a ratio (seeds, protocols, variants), its file is named.
+    """
     from kv_compression.scoring import paired_p_value
 
     lines = []
-    for one, other in itertools.combinations(scored.values(), 2):
+    kinds = Counter(map(kind, scored.values()))
+    names = {
+        path: printable(f"{scores.get('method')}" + f" ({path.parent.name}/{path.name})" * (kinds[kind(scores)] > 1))
+        for path, scores in scored.items()
+    }
+    for (path, one), (other_path, other) in itertools.combinations(scored.items(), 2):
         same = ["documents_sha256", "bertscore_model", "fluency_model"]
         methods = [scores.get("method") for scores in (one, other)]
         if "full_attention" not in methods:
@@ -196,8 +205,13 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
                 difference = (sum(first) - sum(second)) / len(both)
                 parts.append(f"{metric} {difference:+.4f} (p = {paired_p_value(first, second):.4f})")
         ratio = max(scores.get("bound_ratio") or 0 for scores in (one, other))
-        lines.append(f"{one['method']} − {other['method']} at {ratio}: {', '.join(parts)}")
+        lines.append(f"{names[path]} − {names[other_path]} at {ratio}: {', '.join(parts)}")
     return lines
+
+
+def kind(scores: dict) -> tuple:
+    """What the table tells files apart by."""
+    return (scores.get("method"), scores.get("bound_ratio"))
 
 
 def write_csv(path: Path, table: list[dict]) -> None:

@@ -16,7 +16,8 @@ from kv_compression.errors import Parser, RunError, UsageError, quiet_libraries,
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
 FILES = ("train_file", "validation_file", "test_file")
-OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size")
+OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size", "prefix_words", "continuation_words")
+OF_CLAIM_2 += ("compress_generated",)
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -38,6 +39,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--num_documents", type=positive, help="claim 2: (200)")
     add("--num_continuations", type=positive, help="claim 2: (8)")
     add("--generation_batch_size", type=positive, dest="batch_size", help="claim 2: documents at a time (4)")
+    add("--prefix_words", type=positive, help="claim 2: (128)")
+    add("--continuation_words", type=positive, help="claim 2: (64)")
+    add("--compress_generated", action="store_true", default=None, help="claim 2: fold what is generated, too")
     flags, passed = parser.parse_known_args()
     for name in ("methods", "ratios", "seeds", "protocols", "claims"):
         parts = getattr(flags, name) or []

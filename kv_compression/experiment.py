@@ -286,6 +286,10 @@ def _lock(folder: Path) -> IO:
     except BlockingIOError as error:
         file.close()
         raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
+    except OSError as error:  # some network file systems have no locks
+        log.warning(
+            "%s cannot be locked (%s): see to it that no other run works there", folder, error.strerror or error
+        )
     return file
 
 

@@ -54,7 +54,7 @@ OF_A_RUN = {
     *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
     *VARIANTS,
 }
-OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "compress_generated")
+OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "seed")
 # Other programs' files that lie beside results, and files of these scripts that are no results.
 NOT_RESULTS = ("*config.json", "*token*.json", "vocab.json", "merges.json", "*.index.json", "*.about.json")
 NOT_RESULTS += ("untrained.json",)  # of a run that goes on
@@ -117,6 +117,7 @@ class Score(File):
     variant: str
     seed: int | None
     made: tuple  # what has to be equal for two to be compared
+    compress_generated: bool | None = None  # None for methods that drop by their rule whatever they read
 
 
 @dataclass
@@ -206,7 +207,10 @@ class Found:
 
     def summary(self) -> str:
         """What was found, in one line."""
-        runs, scores = sum(len(group.runs) for group in self.groups), sum(map(len, self.scores))
+        runs, scores = (
+            sum(len(group.runs) for group in self.groups),
+            len({score.path for some in self.scores for score in some}),
+        )
         groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
         return (
             f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scores} scored "
@@ -347,35 +351,54 @@ def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
 
 
 def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, Run]], folder: Path) -> None:
-    """Sort scores into sets that may be compared: the same documents, scorers, generation and group of runs."""
-    comparable: dict[str, list[Score]] = {}
+    """Sort scores into sets that may be compared: the same documents, scorers, generation and group of runs.
+
+    KV compression that folds what it generates, and that does not, are in two sets; other methods are in both.
+    """
+    alike: dict[str, list[Score]] = {}
     first: dict[tuple, str] = {}
     for path, content in contents.items():
         score = _score(path, content, runs, folder)
         key = json.dumps(score.made, default=str)
-        same = (key, score.method, score.ratio, score.protocol, score.variant, score.seed)
+        same = (key, score.method, score.ratio, score.protocol, score.variant, score.seed, score.compress_generated)
         if first.setdefault(same, path) == path:
-            comparable.setdefault(key, []).append(score)
+            alike.setdefault(key, []).append(score)
         else:
             found.duplicates.append((path, first[same]))
-    found.scores = list(comparable.values())
+    for scores in alike.values():
+        ways = sorted({score.compress_generated for score in scores} - {None}) or [None]
+        found.scores += [[score for score in scores if score.compress_generated in (way, None)] for way in ways]
 
 
 def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: Path) -> Score:
     beside, _, name = path.rpartition("/")
     group, run = runs.get(f"{beside}/results.json".lstrip("/"), (None, None))
-    variant = run.variant if run else ""
-    if run and run.method != content["method"]:
-        variant = f"trained as {label(run.method)}"
     stem = name.removesuffix(".json").removesuffix(".scores").removeprefix("scores_")
     try:
         about = strict_json.read(folder / beside / f"{'generation' if stem == 'scores' else stem}.about.json")
         generation = [about.get(key) for key in OF_A_GENERATION]
     except (OSError, ValueError, AttributeError):
-        generation = []  # not told: scores may be moved away from what they were made of
+        about, generation = {}, []  # not told: scores may be moved away from what they were made of
     documents = content.get("documents_sha256") or path  # unknown documents compare with no others
     models = [content.get(key) for key in ("preset", "bertscore_model", "fluency_model")]
-    return Score(path, content, variant, run.seed if run else None, (documents, *models, *generation, group))
+    made = (documents, *models, *generation, group)
+    folds = bool(about.get("compress_generated")) if content["method"] == KV else None
+    return Score(path, content, _variant_of_scores(content, run, about), run.seed if run else None, made, folds)
+
+
+def _variant_of_scores(content: dict, run: Run | None, about: dict) -> str:
+    """The run's variant, and in what its model generated otherwise than it was trained, as `about` tells."""
+    if run is None:
+        return ""
+    if run.method != content["method"]:
+        return f"trained as {label(run.method)}"
+    words = [run.variant] + [f"trained at {run.ratio:g}"] * (run.ratio != content["bound_ratio"])
+    if run.method == KV and about:
+        window, longest = (run.content["settings"].get(name) for name in ("recent_tokens", "max_span_length"))
+        for trained, name, none in ((window or 0, "recent_tokens", 0), (longest, "max_span_length", longest)):
+            if (used := about.get(name, none)) != trained:
+                words.append(VARIANTS[name][1].format(printable(str(used))[:40]) + " generating")
+    return ", ".join(filter(None, words))
 
 
 def points(group: Group, protocol: str, averaging: str | None = None) -> list[Point]:

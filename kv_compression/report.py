@@ -334,13 +334,21 @@ def _measured(report: Report, group: Group, count: int) -> None:
         report.say("No run recorded its kept keys.")
 
 
+FOLDS = {
+    False: "KV compression kept whole what it generated. The other methods go on dropping by their rule, and so hold "
+    "fewer keys while they generate.",
+    True: "KV compression folded what it generated, too (--compress_generated); the other methods drop by their rule.",
+}
+
+
 def _scores_section(report: Report, scores: Sequence[Score], count: int) -> None:
     report.say(f"## Claim 2, set {count} of continuations")
     documents, preset, encoder, language_model = (cell(str(part)) for part in scores[0].made[:4])
     report.say(
         f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}. Means "
-        "over documents with 95% bootstrap intervals."
+        "over documents with 95% bootstrap intervals. Cache: keys held when the prefix has been read ÷ its tokens."
     )
+    report.say(FOLDS[any(score.compress_generated for score in scores)])
     ordered = sorted(scores, key=lambda s: (rank(s.method), s.variant, s.protocol, s.ratio, s.seed or 0))
     drawn = [score for score in ordered if score.method == KV or not score.variant]
     words = "ROUGE-L, BERTScore and perplexity of continuations against the ratio asked for"

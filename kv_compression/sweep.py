@@ -148,6 +148,7 @@ class Continuations:
     prefix_words: int = 128
     continuation_words: int = 64
     mixed_precision: str = "auto"
+    compress_generated: bool | None = None  # None: not asked for
 
     def about(self, preset: str) -> dict:
         """What a generation file is told to be made from, and `documents`, how many it continues.
@@ -158,6 +159,7 @@ class Continuations:
         about |= {"continuations": self.num_continuations, "batch_size": self.batch_size}
         if self.mixed_precision != "auto":
             about["mixed_precision"] = self.mixed_precision
+        about["compress_generated"] = bool(self.compress_generated)
         if self.docs_file:
             texts = data.read_texts(self.docs_file, "docs_file")
         elif preset == "embedded":
@@ -231,8 +233,9 @@ def _sha256(content: bytes) -> str:
 
 
 def work(jobs: Sequence[Job], claims: Claims) -> dict[str, str]:
-    """Do what is missing, the first that is free first, until nothing is left; returns which jobs failed, and why."""
+    """Do what is missing, the first that is free first, until nothing is left; returns what nobody could do."""
     failed: dict[str, str] = {}
+    everything = jobs
     while jobs := [job for job in jobs if _missing(job, failed)]:
         taken = next(((job, claim) for job in jobs if (claim := claims.take(job.name))), None)
         if taken is None:  # whoever has them may yet fail or die
@@ -246,7 +249,14 @@ def work(jobs: Sequence[Job], claims: Claims) -> dict[str, str]:
             print(f"{job.name}: another worker has taken over", flush=True)
         finally:
             claim.release()
-    return failed
+    return {job.name: failed[job.name] for job in everything if job.name in failed and not _finished(job)}
+
+
+def _finished(job: Job) -> bool:
+    """Whether another worker has done what failed here."""
+    with suppress(UsageError, RunError, OSError):
+        return not job.missing()
+    return False
 
 
 def show(jobs: Sequence[Job], claims: Claims) -> dict[str, str]:

@@ -40,6 +40,7 @@ from kv_compression.sentinels import IGNORED
 from kv_compression.visibility import TextOnly
 
 log = logging.getLogger(__name__)
+EPOCHS_APART = 1_000_003  # an epoch's seed is no other run's in another epoch
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05
 OPTIMIZER = {"name": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -193,7 +194,7 @@ class Schedule:
 @lru_cache(maxsize=4)
 def _shuffled(num_blocks: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch reads its blocks."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * EPOCHS_APART + epoch)
     return torch.randperm(num_blocks, generator=generator).tolist()
 
 
@@ -271,7 +272,7 @@ def train(
         ):
             progress.bar = bar
             for step, micro_batches in enumerate(steps, start=done):
-                patch.rule = rule.with_seed(rule.seed + schedule.epoch_of(step))
+                patch.rule = rule.with_seed(rule.seed + EPOCHS_APART * schedule.epoch_of(step))
                 rate = scheduler.get_last_lr()[0]
                 loss = optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, step)
                 overdue = checkpoints is not None and accelerator.is_main_process and checkpoints.overdue()

@@ -1,5 +1,7 @@
 """Checkpoints as files, and runs that are killed, told to end, or find a damaged one, and go on."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -193,6 +195,16 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(command, unbroken, tm
     assert "--resume_from_checkpoint goes on" in errors
     subprocess.run([*command, "--output_dir", folder, "--resume_from_checkpoint", "latest"], check=True)
     assert without_seconds(results_of(folder)) == unbroken
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_run_in(tmp_path / "run"):
+        (tmp_path / "run" / "a").touch()
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_second_run_is_kept_out(command, tmp_path):

@@ -148,6 +148,11 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
 
     scores = json.loads((runs / "output" / "kv_compression" / "scores.json").read_text())
     assert len(scores["documents"]) == 5
+    named = eval_generation.comparisons(
+        {Path(f"{name}/scores.json"): scores | {"method": name[:-1]} for name in ("kv1", "kv2", "local1")}
+    )
+    both = ["kv (kv1/scores.json) − local at 0.5", "kv (kv2/scores.json) − local at 0.5"]
+    assert [line.split(":")[0] for line in named] == both
     for metric in ("rouge_l", "bertscore", "perplexity"):
         mean = sum(document[metric] for document in scores["documents"].values()) / 5
         assert scores[metric]["mean"] == pytest.approx(mean)

@@ -440,6 +440,33 @@ def test_scores_know_the_run_beside_them(tmp_path):
     assert len(measured.collect(tmp_path).scores) == 2  # they were not generated alike
 
 
+def test_scores_tell_what_was_generated_otherwise_than_it_was_trained(tmp_path):
+    write(tmp_path, results(recent_tokens=15))
+    run = tmp_path / "000"
+    for name, ratio, told in (("a", 0.5, 15), ("b", 0.5, 7), ("c", 0.9, 15)):
+        (run / f"scores_{name}.json").write_text(json.dumps(scores("kv_compression", ratio)))
+        about = {"top_p": 0.9, "recent_tokens": told}
+        (run / f"{name}.about.json").write_text(json.dumps(about))
+    found = {score.path[-6]: score.variant for score in measured.collect(tmp_path).scores[0]}
+    assert found == {"a": "window 15", "b": "window 15, window 7 generating", "c": "window 15, trained at 0.5"}
+
+
+def test_methods_without_sentinels_compare_with_kv_compression_that_folds_what_it_generates_and_that_does_not(tmp_path):
+    for number, (method, better, folds) in enumerate(
+        (("kv_compression", 0.2, False), ("kv_compression", 0.1, True), ("local_attention", 0, False))
+    ):
+        write(tmp_path / str(number), scores(method, better=better))
+        about = {"top_p": 0.9, "compress_generated": folds}
+        (tmp_path / str(number) / "000" / "generation.about.json").write_text(json.dumps(about))
+    found = measured.collect(tmp_path)
+    assert [[score.method for score in some] for some in found.scores] == [["kv_compression", "local_attention"]] * 2
+    gains = [verdicts.judge_claim_2(some, "matched")[0]["difference"] for some in found.scores]
+    assert gains == pytest.approx([0.2, 0.1], abs=0.02)
+    assert "3 scored files" in found.summary()
+    text = "\n".join(report.build(found).lines)
+    assert text.index("kept whole what it generated") < text.index("--compress_generated")
+
+
 def test_published_figures():
     assert published.perplexities("paper", "local_attention")[0.9] == 22.9
     assert published.perplexities("repro", "kv_compression")[0.1] == 11.55

@@ -299,6 +299,13 @@ def test_a_failing_job_is_told_and_the_others_are_done(tmp_path, claims, capsys)
     assert log(tmp_path)[4:] == ["a1"]
 
 
+def test_what_failed_here_and_was_done_by_another_has_not_failed(tmp_path, claims):
+    first, last = stub(tmp_path, "a", status=3), stub(tmp_path, "b")
+    first = sweep.Job("a", [first.steps[0]._replace(done=lambda: "b" in log(tmp_path))])  # by then another has done it
+    assert sweep.work([first, last], claims) == {}
+    assert log(tmp_path) == ["a", "b"]
+
+
 def test_a_command_that_leaves_nothing_is_not_repeated_for_ever(tmp_path, claims):
     job = stub(tmp_path, "a")
     job = sweep.Job("a", [job.steps[0]._replace(done=lambda: False)])
@@ -511,6 +518,8 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert in_this_process == ["generate_c4", "eval_generation"]
     in_this_process.clear()
     capsys.readouterr()
+    assert run(script, *flags, "--compress_generated", "--dry-run") == 0
+    assert capsys.readouterr().out.count("generate_c4.py") == 3
     assert run(script, *flags, "--num_documents", "3") == 1
     assert in_this_process == ["generate_c4"] * 3
     errors = [line for line in capsys.readouterr().err.splitlines() if "ended with" in line]
