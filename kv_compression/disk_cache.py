@@ -3,9 +3,11 @@
 A file that is damaged, or not of this cache, is told from a good one and made again.
 """
 
+import fcntl
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -23,16 +25,44 @@ def cache_folder() -> Path:
 def cached_tensors(kind: str, key: dict, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `compute` returns, on the CPU; it is called once for every `kind` and `key`, over all processes to come.
 
-    `key` is whatever JSON holds, and must name all that decides the result. Where the disk refuses, the tensors are
-    just not kept.
+    One process that computes is waited for by others. `key` is whatever JSON holds, and must name all that decides the
+    result. Where the disk refuses, the tensors are just not kept.
     """
     path = cache_folder() / kind / f"{digest(canonical(key))}.safetensors"
+    found = _read(path, key)
+    if found is not None:
+        return found
+    with _alone(path.with_suffix(".lock")):
+        found = _read(path, key)  # another process may have made it meanwhile
+        if found is not None:
+            return found
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in compute().items()}
+        try:
+            write_tensors(path, tensors, key)
+        except OSError as error:
+            log.warning("%s is not kept for the next run: %s", path, error.strerror or error)
+        return tensors
+
+
+def _read(path: Path, key: dict) -> dict[str, Tensor] | None:
+    """The tensors of a good file that was made for `key`, else None."""
     found = read_tensors(path)
-    if found is not None and canonical(found[1]) == canonical(key):
-        return found[0]
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in compute().items()}
+    return found[0] if found is not None and canonical(found[1]) == canonical(key) else None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes out while this one works, as far as the file system has locks."""
+    file = None
     try:
-        write_tensors(path, tensors, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        log.warning("%s is not kept for the next run: %s", path, error.strerror or error)
-    return tensors
+        log.debug("%s cannot be locked: %s", path, error)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with file, suppress(OSError):
+                path.unlink()  # who waits for it gets the lock of a file without a name, and looks again

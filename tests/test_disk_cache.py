@@ -1,4 +1,6 @@
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -49,6 +51,28 @@ def test_what_is_cached_is_computed_once(tmp_path):
     assert second["starts"].dtype == torch.bool
     assert only_file(tmp_path).parent == tmp_path / "kv_compression" / "scores"
     assert cached_tensors("scores", dict(reversed(KEY.items())), compute) and compute.calls == 1  # in whatever order
+
+
+def test_a_process_waits_for_another_that_computes_the_same(tmp_path):
+    """Processes are told apart by their open files: two threads do as well."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        begun.set()
+        assert go_on.wait(60)
+        return {"n": torch.ones(2)}
+
+    second = Counted(n=torch.zeros(2))
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(cached_tensors, "scores", KEY, slowly)
+        assert begun.wait(60)
+        other = pool.submit(cached_tensors, "scores", KEY, second)
+        with pytest.raises(TimeoutError):
+            other.result(0.2)
+        go_on.set()
+        assert same(one.result(60), other.result(60))
+    assert second.calls == 0
+    assert only_file(tmp_path).suffix == ".safetensors"
 
 
 def test_other_keys_and_kinds_are_others():
