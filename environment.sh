@@ -70,7 +70,7 @@ run_clm() {
     check_ratio "${1:-}" "sh run_clm_$method.sh RATIO [any run_clm.py flag]"
     ratio=$1
     shift
-    # On a machine with a GPU the embedded weights may never be asked for, and the images that serve there lack them.
+    # On a machine with a GPU the embedded weights may never be asked for: its packages are not required.
     command -v nvidia-smi >/dev/null 2>&1 && embedded=
     # shellcheck disable=SC2086
     find_python $embedded

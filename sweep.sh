@@ -1,7 +1,7 @@
 #!/bin/sh
 # Many runs, by any number of workers at once: sh sweep.sh [any flag of sweep.py or run_clm.py]
 . "$(dirname -- "$0")/environment.sh"
-# As in run_clm: the images of machines with a GPU lack the embedded weights, and claim 1 scores no text.
+# As in run_clm: on a machine with a GPU the embedded weights are not required; and claim 1 scores no text.
 command -v nvidia-smi >/dev/null 2>&1 && embedded=
 after= claim_2=
 for word in "$@"; do

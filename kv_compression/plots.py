@@ -40,14 +40,8 @@ SHARES = {tenths / 10: f"{tenths / 10:g}" for tenths in range(0, 11, 2)}
 BEYOND_ALL_PLOTS = 1e30
 BREAK = (math.nan,) * 4  # a point that ends a line, the next one begins another
 NARROW, WIDENED = 1.5, 1.5  # a log axis whose values span less gets so much room on both sides
-NEAR = 28  # pixels, about a name; names of points that are no further apart are written as one
-SIDES = (
-    (-1, -1),
-    (0, -1),
-    (1, -1),
-    (-1, 1),
-    (1, 1),
-)  # of a point, where its name may stand; the first of those with equal room
+NEAR = (28, 17)  # pixels across and up, about a name; names of points that are no further apart are written as one
+SIDES = ((-1, -1), (0, -1), (1, -1), (-1, 1), (0, 1), (1, 1))  # of a point, for its name; the first with most room
 
 
 @dataclass(frozen=True)
@@ -211,7 +205,7 @@ def scores(found: Sequence) -> Picture:
         log_y = metric == "perplexity"
         panels.append(Panel(words + "\n(log scale)" * log_y, curves, x_ticks=ticks, rooms=True, log_y=log_y))
     panels[-1] = replace(panels[-1], x_label=ASKED)
-    return Picture(panels, "bars: 95% bootstrap interval over documents, a bar a seed", stacked=True)
+    return Picture(panels, "bars: 95% bootstrap interval over documents, a bar a file", stacked=True)
 
 
 def _estimate(score, metric: str) -> tuple[float, float, float] | None:
@@ -360,17 +354,18 @@ def _draw_panel(axes, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=10)
     axes.grid(True, which="major", axis="y" if panel.rooms else "both", alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.autoscale_view()  # names are placed by what is seen in the end
     marks = [point[:2] for curve in panel.curves for point in curve.points if point is not BREAK and not curve.level]
     for curve in panel.curves:
         _write_names(axes, curve, marks)
 
 
 def _write_names(axes, curve: Curve, marks: Sequence[tuple[float, float]]) -> None:
-    """Write a curve's names at its points, where other `marks` leave most room; those of near points side by side."""
+    """Write a curve's names at its points, where other `marks` leave most room; those of near points as one, below."""
     near: list[list[tuple]] = []
     for name, (x, y, *_) in zip(curve.names, curve.points):
         place = axes.transData.transform((x, y))
-        together = next((those for those in near if abs(place - those[0][0]).max() < NEAR), None)
+        together = next((those for those in near if (abs(place - those[0][0]) < NEAR).all()), None)
         if together is None:
             near.append(together := [])
         together.append((place, (x, y), name))
@@ -389,8 +384,7 @@ def _side_with_room(place: np.ndarray, marks: Sequence[np.ndarray]) -> tuple[int
     """Which of `SIDES` of a place is furthest from all marks but its own; pixels."""
     others = [mark for mark in marks if math.dist(mark, place) > 1]
     room = {
-        side: min((math.dist(mark, place + NEAR * np.array(side)) for mark in others), default=math.inf)
-        for side in SIDES
+        side: min((math.dist(mark, place + np.multiply(NEAR, side)) for mark in others), default=1e9) for side in SIDES
     }
     return max(SIDES, key=room.get)
 

@@ -41,6 +41,7 @@ from kv_compression.results import figure, write_text
 from kv_compression.verdicts import (
     ABOUT_AS_LOW,
     SIGNIFICANT,
+    STEP,
     beyond,
     conclude,
     describe,
@@ -234,8 +235,8 @@ def _group_section(report: Report, group: Group, count: int) -> None:
             report.say(
                 "They are on no curve of the plain method; plots have their numbers. Sink attention's perplexity is "
                 "interpolated (≈) to the same mean number of kept keys: linearly, in its logarithm, between the "
-                "measured runs whose kept keys stand in brackets; with 4 sinks, and with the number of sinks, of those "
-                "measured, that is best there."
+                "measured runs whose kept keys stand in brackets, the further apart the more in favour of KV "
+                "compression; with 4 sinks, and with the number of sinks, of those measured, that is best there."
             )
             plain = [row for row in rows if row["method"] == KV and not row["variant"]]
             report.show(OF_A_VARIANT, plain + varied)
@@ -335,9 +336,10 @@ def _measured(report: Report, group: Group, count: int) -> None:
 
 
 FOLDS = {
-    False: "KV compression kept whole what it generated. The other methods go on dropping by their rule, and so hold "
-    "fewer keys while they generate.",
-    True: "KV compression folded what it generated, too (--compress_generated); the other methods drop by their rule.",
+    None: "No KV compression among them.",
+    False: "KV compression kept whole what it generated. Baselines that drop keys go on dropping by their rule, and so "
+    "hold fewer keys while they generate.",
+    True: "KV compression folded what it generated, too (--compress_generated), as baselines that drop keys do.",
 }
 
 
@@ -348,7 +350,7 @@ def _scores_section(report: Report, scores: Sequence[Score], count: int) -> None
         f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}. Means "
         "over documents with 95% bootstrap intervals. Cache: keys held when the prefix has been read ÷ its tokens."
     )
-    report.say(FOLDS[any(score.compress_generated for score in scores)])
+    report.say(FOLDS[next((way for score in scores if (way := score.compress_generated) is not None), None)])
     ordered = sorted(scores, key=lambda s: (rank(s.method), s.variant, s.protocol, s.ratio, s.seed or 0))
     drawn = [score for score in ordered if score.method == KV or not score.variant]
     words = "ROUGE-L, BERTScore and perplexity of continuations against the ratio asked for"
@@ -408,9 +410,9 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
         if rows:
             report.say(
                 f"**At an equal mean number of kept keys** (protocol {protocol}), the baseline interpolated (≈) "
-                "between the measured runs whose kept keys stand in brackets; a seed that was run at few ratios only, "
-                "so that its runs lie further apart there than another's, is left out. The curve bends: a straight "
-                "line between distant neighbours mostly lies above it, in favour of KV compression."
+                "between the measured runs whose kept keys stand in brackets; a seed whose runs lie further apart "
+                f"there than a step of {STEP} is left out if another's do not. The curve bends: a straight line "
+                "between distant neighbours mostly lies above it, in favour of KV compression."
             )
             report.say(*_conclusions_1(rows, "compared"))
             report.show({name: tell for name, tell in OF_A_COMPARISON.items() if name != "removed"}, rows)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from kv_compression.plots import label
 
 ABOUT_AS_LOW = 1.05  # "about as low as, or lower" is read as: at most this times the baseline's perplexity
 SIGNIFICANT = 0.05
-WIDER = 1.5  # a straight line is drawn between runs at most so many times as far apart as the closest pair of any seed
+STEP = 0.1  # of the ratio, between neighbours on the grid
 # What this project aims at with its variants, by the share truly removed: `beyond` says of what, as shares.
 AIMS = {0.5: {"sink": 1.0, "best_sink": 1.0, "full": 1.15}, 0.9: {"gap": 0.5, "sink": 0.75, "best_sink": 0.75}}
 # Student's t at 97.5% by degrees of freedom. Beyond the table its last entry, a little too wide, is used.
@@ -84,26 +84,27 @@ class Between(NamedTuple):
     above: float
 
 
-def at_kept_keys(curve: Iterable[Point], kept: float) -> dict[int, Between]:
-    """A method's nats per token at a mean number of kept keys, by seed.
+def at_kept_keys(curve: Iterable[Point], kept: float, seeds: Container[int]) -> dict[int, Between]:
+    """A method's nats per token at a mean number of kept keys, by those of the `seeds` whose runs reach around `kept`.
 
-    Linear between the two measured neighbours. A seed whose runs do not reach around `kept` has none, nor one that was
-    measured at few ratios, so that its neighbours lie over `WIDER` times as far apart as another's.
+    Linear between the two measured neighbours. They should be neighbours on the grid: a seed with a wider gap there
+    counts only if no seed has a narrower one.
     """
-    by_seed: dict[int, list[tuple[float, float]]] = {}
+    by_seed: dict[int, list[tuple[float, float, float]]] = {}
     for point in curve:
         for seed, run in point.runs.items():
-            if (held := number(run.content.get("kept_keys_mean"))) is not None:
-                by_seed.setdefault(seed, []).append((held, point.nlls[seed]))
-    found = {}
+            if seed in seeds and (held := number(run.content.get("kept_keys_mean"))) is not None:
+                by_seed.setdefault(seed, []).append((held, point.nlls[seed], point.ratio))
+    found, gaps = {}, {}
     for seed, measured in by_seed.items():
-        below = max((pair for pair in measured if pair[0] <= kept), default=None)
-        above = min((pair for pair in measured if pair[0] >= kept), default=None)
+        below = max((run for run in measured if run[0] <= kept), default=None)
+        above = min((run for run in measured if run[0] >= kept), default=None)
         if below and above:
             share = (kept - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
             found[seed] = Between(below[1] + share * (above[1] - below[1]), below[0], above[0])
-    closest = min((one.above - one.below for one in found.values()), default=0.0)
-    return {seed: one for seed, one in found.items() if one.above - one.below <= WIDER * closest}
+            gaps[seed] = round(abs(above[2] - below[2]), 6)
+    widest = max(STEP, min(gaps.values(), default=STEP))
+    return {seed: between for seed, between in found.items() if gaps[seed] <= widest}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def sinks_beside(found: Sequence[Point], point: Point) -> dict[str, Sinks]:
             curves.setdefault(other.variant, []).append(other)
     beside = {}
     for variant, curve in curves.items():
-        between = at_kept_keys(curve, kept)
+        between = at_kept_keys(curve, kept, point.nlls)
         against = difference(point.nlls, {seed: one.nll for seed, one in between.items()})
         if against:
             beside[variant] = Sinks(variant, between, against)
@@ -209,7 +210,7 @@ def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
         curve = select(found, baseline).values()
         for point in select(found, KV).values():
             if (kept := point.mean("kept_keys_mean")) is not None:
-                between = at_kept_keys(curve, kept)
+                between = at_kept_keys(curve, kept, point.nlls)
                 nlls = {seed: one.nll for seed, one in between.items()}
                 columns = {"kept_keys": kept} | _interpolated("baseline", point, between)
                 rows += _judge(f"equal kept keys, {protocol}", baseline, point, nlls, columns)
@@ -280,7 +281,8 @@ def _answers(found: Sequence[Point], point: Point, beside: dict[str, Sinks]) -> 
         answers[question] = answer | _interpolated("other", point, sinks.between if sinks else {})
         answers[question]["other"] = sinks.variant if sinks else None
     answer = _share(difference(point.nlls, full.nlls) if full else None, aims.get("full"))
-    answers["full"] = answer | {"other_perplexity": mean(full.perplexities) if full else None}
+    common = [perplexity(nll) for seed, nll in full.nlls.items() if seed in point.nlls] if full else []
+    answers["full"] = answer | {"other_perplexity": mean(common)}
     return answers
 
 

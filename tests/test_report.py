@@ -224,6 +224,25 @@ def test_a_seed_that_was_measured_at_few_ratios_is_not_interpolated_over_a_wider
     assert row["seeds"] == 2 and (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 41)
 
 
+def test_an_exact_hit_or_finer_runs_of_one_seed_do_not_leave_out_another_on_the_grid(tmp_path):
+    grid = [
+        results("sink_attention", ratio, seed=seed, nll=10 - kept / 10, kept=kept)
+        for seed in (0, 1)
+        for ratio, kept in ((0.7, 40), (0.8, 30), (0.9, 20))
+    ]
+    finer = [
+        results("sink_attention", ratio, nll=10 - kept / 10, kept=kept) for ratio, kept in ((0.84, 26), (0.85, 25))
+    ]
+    others = [
+        results("sink_attention", 0.86, seed=2, nll=7.6, kept=24),
+        results("sink_attention", 0.85, seed=2, kept=26),
+    ]
+    runs = [results(seed=seed, nll=8, kept=25) for seed in (0, 1)]
+    (row,) = verdicts.judge_kept_keys(group_of(tmp_path, *grid, *finer, *others, *runs), "matched")
+    assert row["seeds"] == 2 and row["baseline_perplexity"] == pytest.approx(math.exp(7.5))
+    assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 30)
+
+
 def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
     sinks = [results("sink_attention", ratio, nll=nll, kept=kept) for ratio, nll, kept in ((0.5, 3, 60), (0.9, 4, 20))]
     one = {"sink_tokens": 1}
