@@ -207,10 +207,8 @@ class Found:
 
     def summary(self) -> str:
         """What was found, in one line."""
-        runs, scores = (
-            sum(len(group.runs) for group in self.groups),
-            len({score.path for some in self.scores for score in some}),
-        )
+        runs = sum(len(group.runs) for group in self.groups)
+        scores = len({score.path for some in self.scores for score in some})
         groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
         return (
             f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scores} scored "
@@ -396,7 +394,7 @@ def _variant_of_scores(content: dict, run: Run | None, about: dict) -> str:
     if run.method == KV and about:
         window, longest = (run.content["settings"].get(name) for name in ("recent_tokens", "max_span_length"))
         for trained, name, none in ((window or 0, "recent_tokens", 0), (longest, "max_span_length", longest)):
-            if (used := about.get(name, none)) != trained:
+            if trained is not None and (used := about.get(name, none)) != trained:
                 words.append(VARIANTS[name][1].format(printable(str(used))[:40]) + " generating")
     return ", ".join(filter(None, words))
 
