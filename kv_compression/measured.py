@@ -392,9 +392,13 @@ def _variant_of_scores(content: dict, run: Run | None, about: dict) -> str:
         return f"trained as {label(run.method)}"
     words = [run.variant] + [f"trained at {run.ratio:g}"] * (run.ratio != content["bound_ratio"])
     if run.method == KV and about:
-        window, longest = (run.content["settings"].get(name) for name in ("recent_tokens", "max_span_length"))
-        for trained, name, none in ((window or 0, "recent_tokens", 0), (longest, "max_span_length", longest)):
-            if trained is not None and (used := about.get(name, none)) != trained:
+        settings, told = run.content["settings"], {"recent_tokens": 0} | about  # no window is not told
+        trained = {
+            "recent_tokens": settings.get("recent_tokens") or 0,
+            "max_span_length": settings.get("max_span_length"),
+        }
+        for name, value in trained.items():
+            if value is not None and (used := told.get(name, value)) != value:
                 words.append(VARIANTS[name][1].format(printable(str(used))[:40]) + " generating")
     return ", ".join(filter(None, words))
 

@@ -413,7 +413,7 @@ def told(ratios: Iterable[float]) -> str:
     """Ratios in a row, neighbours on the grid shortened: 0.1 – 0.4, 0.6."""
     rows: list[list[float]] = []
     for ratio in sorted(ratios):
-        if rows and round(ratio - rows[-1][-1], 6) == 0.1:
+        if rows and round(ratio - rows[-1][-1], 6) == STEP:
             rows[-1].append(ratio)
         else:
             rows.append([ratio])
