@@ -17,26 +17,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import is_count
+from kv_compression.methods import METHODS
+from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
+from kv_compression.methods.rule import NEVER, History, Rule, Tokens, check_ratio, rows_of
 from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.visibility import (
-    CL,
-    COMPRESSED,
-    CR,
-    GONE,
-    LEAVING,
-    METHODS,
-    NEVER,
-    TEXT,
-    UNDRAWN,
-    Held,
-    KVCompression,
-    Read,
-    Rule,
-    check_ratio,
-)
 
-FORMAT = "kv_compression.SentinelCache 3"
-PER_SLOT = ("kinds", "positions", "starts", "real")  # tensors (batch, slots)
+FORMAT = "kv_compression.SentinelCache 4"
+PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
 PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
 
 
@@ -93,8 +80,9 @@ class SentinelCache(Cache):
             setattr(self, name, None)
         self._tokens_read = 0
         self._undoable = 0  # tokens read since a key last left
-        self._visible_to_all = True  # no padding and no open <CL> among the slots: text sees every key
-        self._fold = None
+        self._is_quiet = True  # all text to come sees every slot
+        self._skips_settling = False
+        self._fold = None  # the order of the slots in which a fold reads
         self._admitted = False
 
     def __repr__(self) -> str:
@@ -107,6 +95,16 @@ class SentinelCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens read so far, sentinels and padding included."""
+        return self._tokens_read
+
+    def text_after(self, input_ids: Tensor) -> int:
+        """Text tokens of the longest row once tokens `(batch, new)` have been read, if none of them is padding."""
+        read = self.rule.text(input_ids).sum(-1)
+        return int((read if self.text_read is None else self.text_read + read).max())
 
     @property
     def slots(self) -> int:
@@ -152,45 +150,59 @@ class SentinelCache(Cache):
         batch, new = input_ids.shape
         if self.kinds is None:
             nothing = input_ids.new_zeros(batch, 0)
-            self.kinds, self.positions, self.starts, self.real = nothing, nothing, nothing, nothing.bool()
-            self.text_read = self.digest = torch.zeros_like(input_ids[:, 0])
-            self.began = self.text_read.bool()
+            self.kinds, self.positions, self.visible_from, self.real = nothing, nothing, nothing, nothing.bool()
+            self.text_read = torch.zeros_like(input_ids[:, 0])
+            self.digest, self.began, _ = History.none(batch, input_ids.device)
         if self.kinds.shape[0] != batch:
             raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
         self._admitted = True
         if self._fold is not None:
-            return self._admit_fold(new)
+            return self._seen(new), self.positions[:, -new:]
 
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
         text = self.rule.text(input_ids, real)
         positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
-        opened = ((self.kinds == CL) | (self.kinds == CR)).any(-1)
-        read = Read(positions, real, self.digest, self.began, opened)
-        kinds = torch.where(real, self.rule.kinds(input_ids, read), GONE)
-        self.began = self.began | ~text.logical_or(~real).all(-1)
+        is_open = self.rule.is_open(self._tokens) if self.slots else torch.zeros_like(self.began)
+        kinds, history = self.rule.remember(input_ids, positions, real, History(self.digest, self.began, is_open))
+        self.digest, self.began = history.digest, history.began
         self._note(kinds, positions, real)
-        self.digest = read.digest
         self.text_read = self.text_read + text.sum(-1)
         self._tokens_read += new
         self._undoable += new
         plain = padding is None or bool(real.all())
-        self._may_drop = not plain or self.rule.may_drop(self._held, new)
-        was_visible = self._visible_to_all
-        self._visible_to_all = was_visible and plain and not bool((kinds == CL).any())
-        if new == 1 and self._visible_to_all and not self._may_drop:
+        self._skips_settling = self._is_quiet and plain and self.rule.is_quiet(self._last(new), self.text_read)
+        if new == 1 and self._skips_settling:
             return None, positions
-        seen = self.rule.sees(self._held, new) & self.real[:, None, :]
-        return seen | (_own_key(new, self.slots, seen.device) & ~real[:, :, None]), positions
+        return self._seen(new), positions
 
     def _note(self, kinds: Tensor, positions: Tensor, real: Tensor) -> None:
+        """Add slots for new tokens."""
         self.kinds = torch.cat([self.kinds, kinds], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        self.starts = torch.cat([self.starts, torch.zeros_like(positions)], dim=1)
+        self.visible_from = torch.cat([self.visible_from, torch.zeros_like(positions)], dim=1)
         self.real = torch.cat([self.real, real], dim=1)
 
     @property
-    def _held(self) -> Held:
-        return Held(self.kinds, self.positions, self.starts)
+    def _tokens(self) -> Tokens:
+        """The slots as a rule reads them."""
+        return Tokens(self.kinds, self.positions, self.visible_from, ~self.real, self._tokens_read + 1)
+
+    def _last(self, new: int) -> Tokens:
+        """The last slots as a rule reads them."""
+        return Tokens(*(part[:, -new:] for part in self._tokens[:4]), self._tokens_read + 1)
+
+    def _seen(self, new: int) -> Tensor:
+        """What the last `new` slots see, bool `(batch, new, slots)`; padding sees itself."""
+        tokens, (batch, slots) = self._tokens, self.kinds.shape
+        if self._fold is None:
+            seen = rows_of(self.rule.sees(tokens), batch, slots, slots - new, self.kinds.device)
+        else:  # as if the slots stood in the fold's order
+            place = self._fold.argsort(dim=-1)
+            rule = self.rule.sees(_reordered(tokens, self._fold))
+            rows = torch.arange(batch, device=place.device).view(-1, 1, 1)
+            seen = rule(rows, 0, place[:, slots - new :, None], place[:, None, :])
+        seen = seen & self.real[:, None, :]
+        return seen | (own_key(new, slots, seen.device) & ~self.real[:, slots - new :, None])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
@@ -206,18 +218,20 @@ class SentinelCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def settle(self) -> None:
-        """Let go of every key that no later token can see; called when all layers have read the admitted tokens."""
+        """Drop every key that no later token can see; called when all layers have read the admitted tokens."""
         self._admitted = False
-        if self._fold is not None:
-            held, self._fold = self._fold, None
-        elif self._may_drop:
-            held = self.rule.settled(self._held)
-        else:
+        fold, self._fold = self._fold, None
+        if fold is not None:
+            settled = _reordered(self.rule.settled(_reordered(self._tokens, fold)), fold.argsort(dim=-1))
+        elif self._skips_settling:
             return
-        if not torch.equal(held.kinds, self.kinds):
+        else:
+            settled = self.rule.settled(self._tokens)
+        if not torch.equal(settled.kinds, self.kinds):
             self._undoable = 0
-        self.kinds, self.positions, self.starts = held
-        self._drop(self.rule.keeps(held, self.text_read))
+        self.kinds, self.visible_from = settled.kinds, settled.visible_from
+        self._drop(self.rule.keeps(settled, self.text_read))
+        self._is_quiet = self._sees_all()
 
     def _drop(self, keep: Tensor) -> None:
         """Keep the slots where `keep` `(batch, slots)` is True, but no padding."""
@@ -230,17 +244,18 @@ class SentinelCache(Cache):
             if layer.is_initialized:
                 layer.keep(rows, slots)
         pad = torch.nn.utils.rnn.pad_sequence
-        self.kinds = pad([kinds[row] for kinds, row in zip(self.kinds, rows)], batch_first=True, padding_value=GONE)
-        self.positions = pad([positions[row] for positions, row in zip(self.positions, rows)], batch_first=True)
-        self.starts = pad([starts[row] for starts, row in zip(self.starts, rows)], batch_first=True)
+        for name in ("kinds", "positions", "visible_from"):
+            held = [values[row] for values, row in zip(getattr(self, name), rows)]
+            empty = DROPPED if name == "kinds" and self.rule.uses_sentinels else 0
+            setattr(self, name, pad(held, batch_first=True, padding_value=empty))
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
         self._undoable = 0
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
-    def _all_visible(self) -> bool:
-        """Whether text sees every slot: none is padding, none an open <CL>."""
-        return bool(self.real.all()) and not bool((self.kinds == CL).any())
+    def _sees_all(self) -> bool:
+        """Whether all text to come sees every slot, and none is padding."""
+        return bool(self.real.all()) and self.rule.is_quiet(self._tokens, self.text_read)
 
     def compress(self, first, last, model: nn.Module | None = None) -> None:
         """Fold a span of text that is already in the cache into its <CR>, by reading <CL> and <CR> alone.
@@ -257,7 +272,7 @@ class SentinelCache(Cache):
         batch, device = len(self.kinds), self.kinds.device
         first = torch.as_tensor(first, device=device).expand(batch)
         last = torch.as_tensor(last, device=device).expand(batch)
-        if bool(((self.kinds == CL) | (self.kinds == CR)).any()):
+        if bool(self.rule.is_open(self._tokens).any()):
             raise ValueError("a span is still open: its <CR> has to be read first")
         span = self.real & (self.kinds == TEXT)
         span &= (first[:, None] <= self.positions) & (self.positions <= last[:, None])
@@ -267,10 +282,9 @@ class SentinelCache(Cache):
         patched = getattr(decoder, "_sentinel_patch", None)
         if patched is None or not patched.rule.same_as(self.rule):
             raise ValueError("the model is not patched with the cache's rule")
-        slots = self.slots
-        self._fold = (span, first, last)
-        sentinels = [self.rule.cl_id] + [self.rule.cr_id] * self.rule.cr_tokens
-        sentinels = torch.tensor([sentinels], device=device).expand(batch, -1)
+        slots, crs = self.slots, self.rule.cr_tokens
+        self._note_fold(span, first, last)
+        sentinels = torch.tensor([[self.rule.cl_id] + [self.rule.cr_id] * crs], device=device).expand(batch, -1)
         try:
             with torch.no_grad():
                 decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
@@ -279,38 +293,16 @@ class SentinelCache(Cache):
             raise
         self.began = self.began | (last >= first)
 
-    def _admit_fold(self, new: int) -> tuple[Tensor, Tensor]:
-        """As `admit`, for a <CL> and <CR> that stand where the text has gone on behind their span."""
-        span, first, last = self._fold
-        rule, slots = self.rule, self.slots
-        concerned = (last >= first)[:, None].expand(-1, new)
-        positions = last[:, None].repeat(1, new)
-        positions[:, 0] = (first - 1).clamp(min=0)
-        kinds = torch.tensor([CL] + [CR] * (new - 1), device=span.device).expand(len(span), new)
-        self._note(torch.where(concerned, kinds, GONE), positions, concerned)
-
-        sinks = (self.kinds == TEXT) & (self.positions < rule.sink_tokens) & self.real
-        before = self.positions[:, None, :] <= positions[:, :, None]
-        seen = _own_key(new, self.slots, span.device) | (sinks[:, None, :] & before)
-        of_cr = torch.nn.functional.pad(span, (0, new), value=True)
-        if rule.cr_visibility == "context":
-            at = last[:, None]
-            lives = (self.kinds != LEAVING) | (self.positions + rule.recent_tokens > at)
-            earlier = (self.positions <= at) & (self.starts <= at + 1) & lives & (self.kinds != CL)
-            of_cr = of_cr | earlier
-        seen = seen.expand(len(span), -1, -1).clone()
-        seen[:, 1:] |= of_cr[:, None, :]
-        index = torch.arange(self.slots, device=span.device)
-        seen &= (index <= index[slots:, None]) & (self.real[:, None, :] | _own_key(new, self.slots, span.device))
-
-        first_to_go = first.clamp(min=rule.sink_tokens)
-        starts = torch.where((last >= first_to_go) & (rule.recent_tokens > 0), first_to_go + rule.recent_tokens + 1, 0)
-        is_cr = index > slots
-        leaves = torch.nn.functional.pad(span, (0, new)) & ~sinks
-        kinds = torch.where(leaves, LEAVING, self.kinds)
-        kinds = torch.where(kinds == CL, GONE, torch.where(kinds == CR, COMPRESSED, kinds))
-        self._fold = Held(kinds, self.positions, torch.where(is_cr, starts[:, None], self.starts))
-        return seen, positions
+    def _note_fold(self, span: Tensor, first: Tensor, last: Tensor) -> None:
+        """Add slots for a <CL> and its <CR>, and order all slots as if they stood around their span."""
+        folds, crs = (last >= first)[:, None], self.rule.cr_tokens
+        behind = self.positions > last[:, None]
+        kinds = torch.tensor([CL] + [CR] * crs, device=span.device).expand(len(span), -1)
+        positions = torch.cat([(first - 1).clamp(min=0)[:, None], last[:, None].expand(-1, crs)], dim=1)
+        self._note(torch.where(folds, kinds, DROPPED), positions.clamp(min=0), folds.expand(-1, 1 + crs))
+        places = torch.where(span, 2, torch.where(behind, 4, 0))
+        own = torch.tensor([1] + [3] * crs, device=span.device).expand(len(span), -1)
+        self._fold = torch.cat([places, own], dim=1).argsort(dim=-1, stable=True)
 
     def drop_oldest(self, count: Tensor) -> None:
         """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
@@ -338,12 +330,12 @@ class SentinelCache(Cache):
         if count:
             if bool(self.digest.any()):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
-            text = self.real & ((self.kinds == TEXT) | (self.kinds == UNDRAWN))
+            text = self.real & (self.kinds == TEXT) if self.rule.uses_sentinels else self.real
             self.text_read = self.text_read - text[:, -count:].sum(-1)
             self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
-            self._visible_to_all = self._all_visible()
+            self._is_quiet = self._sees_all()
 
     def reset(self) -> None:
         """Forget everything; the memory is freed."""
@@ -367,7 +359,7 @@ class SentinelCache(Cache):
         """Let the padding go that only rows which have left needed."""
         if not bool(self.real.any(0).all()):
             self._drop(self.real)
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, so that one prefill serves several continuations."""
@@ -459,23 +451,24 @@ class SentinelCache(Cache):
         padded = torch.arange(slots, device=self.real.device) >= self.lengths[:, None]
         in_range = {
             "real": (self.real != padded) & self.real.any(0),
-            "kinds": (self.kinds >= 0) & (self.kinds <= GONE),
+            "kinds": (self.kinds >= 0) & (self.kinds < self.rule.num_kinds),
             "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
-            "starts": (self.starts >= 0) & (self.starts <= 2 * NEVER),
+            "visible_from": (self.visible_from >= 0) & (self.visible_from <= 2 * NEVER),
             "text_read": (self.text_read >= 0) & (self.text_read <= tokens_read),
         }
         wrong = [name for name, fits in in_range.items() if not bool(fits.all())]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} cannot be what a model has read")
         self._tokens_read = tokens_read
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
 
 def _rule_of(note: dict) -> Rule:
     """The rule that a saved cache's note tells of; ValueError if there is no such rule."""
-    name, options, plain = note.get("rule"), note.get("options"), asdict(Rule())
+    name, options = note.get("rule"), note.get("options")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError("its rule is unknown")
+    plain = asdict(METHODS[name]())
     if not isinstance(options, dict) or options.keys() != plain.keys():
         raise ValueError("its rule has other options")
     for option, value in options.items():
@@ -484,7 +477,12 @@ def _rule_of(note: dict) -> Rule:
     return METHODS[name](**options)
 
 
-def _own_key(new: int, slots: int, device) -> Tensor:
+def _reordered(tokens: Tokens, order: Tensor) -> Tokens:
+    """Tokens in another order, long `(batch, length)`."""
+    return Tokens(*(part.gather(-1, order) for part in tokens[:4]), tokens.bound)
+
+
+def own_key(new: int, slots: int, device) -> Tensor:
     """Every new token's own key: bool `(new, slots)`."""
     index = torch.arange(slots, device=device)
     return index == index[slots - new :, None]
@@ -554,6 +552,8 @@ class Budget:
 
     def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
         """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""
+        if not cache.rule.uses_sentinels:
+            return 0, -1
         recent, sinks = max(self.recent, cache.rule.recent_tokens), cache.rule.sink_tokens
         plain = cache.real[row] & (cache.kinds[row] == TEXT)
         plain &= (cache.positions[row] >= sinks) & (cache.positions[row] < text_read - recent)

@@ -5,7 +5,7 @@ experiments need.
 """
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ def rule_of(results: dict, source="the run") -> Rule:
     try:
         method = METHODS[results["method"]]
         settings = {**results["settings"]}
-        options = {name: settings[name] for name in OF_A_RULE if name in settings}
+        known = {field.name for field in fields(method)} & set(OF_A_RULE)
+        options = {name: settings[name] for name in known if name in settings}
         ids = {name: int(results["sentinels"][name]) for name in ("cl_id", "cr_id")} if method.uses_sentinels else {}
         if any(number < 0 for number in ids.values()):
             raise ValueError("sentinels are numbers from 0 on")

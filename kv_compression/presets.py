@@ -194,10 +194,10 @@ class Settings:
 
     def rule(self, cl_id: int, cr_id: int) -> Rule:
         """The method's rule for these sentinels."""
-        names = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
-        names += ("isolate_documents", "position_ids_by_document")
-        options = {name: getattr(self, name) for name in names}
-        return METHODS[self.method](cl_id, cr_id, self.bound_ratio, self.seed, **options)
+        method, settings = METHODS[self.method], asdict(self)
+        given = {"cl_id": cl_id, "cr_id": cr_id, "ratio": self.bound_ratio}
+        options = {field.name: settings[field.name] for field in fields(method) if field.name in settings}
+        return method(**options | given)
 
 
 def _is_of_type(value, kind: type | UnionType) -> bool:

@@ -18,13 +18,14 @@ from typing import NamedTuple
 from kv_compression import data, experiment, generation, presets, records, strict_json
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.methods import METHODS
+from kv_compression.methods.full_attention import FullAttention
 from kv_compression.presets import Settings
 from kv_compression.processes import END_WITH_PARENT
 from kv_compression.results import RESULTS, read_results
-from kv_compression.visibility import METHODS, Rule
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-FULL = Rule.name  # full attention, the baseline
+FULL = FullAttention.name  # full attention, the baseline
 POLL = 5.0  # seconds between looks at what other workers do
 GRACE = 90.0  # seconds for a command to go when it is told to: a run finishes its step and writes a checkpoint
 

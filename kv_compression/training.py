@@ -515,7 +515,7 @@ class Teacher:
         rule = self.patch.rule
         documents = {"isolate_documents": rule.isolate_documents}
         documents["position_ids_by_document"] = rule.position_ids_by_document
-        self.patch.rule = TextOnly(rule.cl_id, rule.cr_id, **documents)
+        self.patch.rule = TextOnly(cl_id=rule.cl_id, cr_id=rule.cr_id, **documents)
         self.model.eval()
         try:
             with self.model.disable_adapter():

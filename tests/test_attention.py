@@ -4,7 +4,14 @@ import torch
 from torch.nn.attention import flex_attention
 
 from kv_compression.attention import compressed_attention, patch
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
+from kv_compression.visibility import (
+    FullAttention,
+    KVCompression,
+    LocalAttention,
+    Rule,
+    ScatteredAttention,
+    SinkAttention,
+)
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
@@ -15,7 +22,7 @@ IDS = torch.tensor(
         [9, 8, CL, 7, 6, 5, 4, CR, 3, 4, 5, 6, CL, 8, 9, CR, 10, 11, 12, 13],
     ]
 )
-BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), FullAttention()]
 
 
 def expected_logits(model, ids: list[int]) -> torch.Tensor:
@@ -100,12 +107,12 @@ def test_baselines_use_their_own_masks():
     model = random_model("gpt_neox")
     for rule in BASELINES:
         allowed = torch.ones(20, 20).tril().bool()
-        if isinstance(rule, LocalAttention):
+        if type(rule) is LocalAttention:
             allowed = torch.tensor(slow_rules.local_mask(20, 0.6))
         elif isinstance(rule, SinkAttention):
             allowed = torch.tensor(slow_rules.sink_mask(20, 0.6, 4))
         elif isinstance(rule, ScatteredAttention):
-            allowed = rule.mask_mod(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
+            allowed = rule.visible(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
         additive = torch.zeros(20, 20).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad(), compressed_attention(model, rule=rule):
             patched = model(IDS[:1]).logits

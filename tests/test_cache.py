@@ -10,7 +10,14 @@ from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.errors import RunError, UsageError
 from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention, measure
+from kv_compression.visibility import (
+    FullAttention,
+    KVCompression,
+    LocalAttention,
+    ScatteredAttention,
+    SinkAttention,
+    measure,
+)
 from tests import slow_rules
 from tests.layouts import CL, CR, blocks, variants
 from tests.models import random_model
@@ -23,7 +30,15 @@ VARIANTS = [
     KVCompression(CL, CR, recent_tokens=5),
     KVCompression(CL, CR, sink_tokens=3, cr_tokens=3, cr_visibility="context", recent_tokens=7),
 ]
-RULES = [KV, *VARIANTS, LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), FullAttention()]
+RULES = [KV, *VARIANTS, *BASELINES]
+    KV,
+    *VARIANTS,
+    LocalAttention(ratio=0.6),
+    SinkAttention(ratio=0.6),
+    ScatteredAttention(ratio=0.6),
+    FullAttention(),
+]
 MODELS = {
     (architecture, dtype): random_model(architecture, "sdpa", dtype)
     for architecture in ("gpt_neox", "llama", "opt")
@@ -77,7 +92,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
     model = MODELS[architecture, dtype]
     with compressed_attention(model, rule=rule), torch.no_grad():
         for seed in range(4):
-            ids = torch.tensor([span_layout(60, seed, rule.cr_tokens)])
+            ids = torch.tensor([span_layout(60, seed, getattr(rule, "cr_tokens", 1))])
             full = model(ids, use_cache=False).logits
             logits, _ = in_chunks(model, ids, rule, chunk_sizes(seed, 99))
             assert (logits - full).abs().max() < TOLERANCE[dtype]
@@ -88,7 +103,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
     model = MODELS[architecture, dtype]
-    rows = [span_layout(length, length, rule.cr_tokens) for length in (20, 45, 60)]
+    rows = [span_layout(length, length, getattr(rule, "cr_tokens", 1)) for length in (20, 45, 60)]
     ids, real = padded(rows)
     with compressed_attention(model, rule=rule), torch.no_grad():
         logits, cache = in_chunks(model, ids, rule, chunk_sizes(7, 99), real)
@@ -171,7 +186,9 @@ def test_a_cache_holds_as_many_keys_as_are_counted_on_the_mask(rule):
     """Token by token, what is held while a text token is read: its own key and those that were kept before it."""
     model = MODELS["gpt_neox", torch.float32]
     for seed in range(3):
-        ids = torch.tensor([span_layout(60, seed, rule.cr_tokens) + [7] * 20])  # what waits can leave before the end
+        ids = torch.tensor(
+            [span_layout(60, seed, getattr(rule, "cr_tokens", 1)) + [7] * 20]
+        )
         cache, held = SentinelCache(rule=rule), []
         with compressed_attention(model, rule=rule), torch.no_grad():
             for token, is_text in zip(ids.T, rule.text(ids)[0]):
