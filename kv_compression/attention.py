@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import eager_mask, flex_attention_mask
 
-from kv_compression.architectures import Pattern, patterns_of
-from kv_compression.cache import SentinelCache, decoder_of, own_key
+from kv_compression.architectures import Pattern, check_architecture, patterns_of
+from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of, own_key
 from kv_compression.errors import UsageError
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order
@@ -120,9 +120,8 @@ class Patch:
             raise ValueError("only a SentinelCache knows what a patched model may see of it: give past_key_values one")
         positions = self.rule.position_ids(input_ids, padding)
         check_positions(decoder, input_ids.shape[1], lambda: int(positions.max()) + 1)
-        kwargs["position_ids"] = positions
-        kwargs["attention_mask"] = self._layer_masks(lambda pattern: self._of_pass(pattern, input_ids, padding))
-        return args, kwargs
+        masks = self._layer_masks(lambda pattern: self._of_pass(pattern, input_ids, padding))
+        return args, kwargs | {"position_ids": positions, "attention_mask": masks}
 
     def _layer_masks(self, mask_of: Callable[[Pattern], Any]) -> Any:
         """The mask of all layers, or, where their patterns differ, of every type of layer by its name."""
@@ -148,8 +147,8 @@ class Patch:
         """A pattern's mask for the tokens that a cache has just admitted; None if they see all there is."""
         if pattern.size:
             near = pattern.allows(positions[:, :, None], cache.positions[:, None, :])
-            near |= own_key(positions.shape[1], cache.slots, near.device)
             seen = near if seen is None else seen & near
+            seen = seen | own_key(positions.shape[1], cache.slots, seen.device)
         return None if seen is None else as_attention_mask(self.decoder, seen)
 
     def _settle(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -167,7 +166,7 @@ def check_positions(decoder: nn.Module, most: int, count: Callable[[], int]) -> 
 
 
 def mask_for(decoder: nn.Module, rule: Rule, visible: MaskMod, input_ids: Tensor):
-    """What is visible in the form that the decoder's attention implementation takes: a `BlockMask` for FlexAttention."""
+    """What is visible, as the decoder's attention implementation takes it: a `BlockMask` for FlexAttention."""
     implementation = decoder.config._attn_implementation
     if implementation == FLEX:
         return block_mask(visible, *input_ids.shape, input_ids.device)
@@ -195,15 +194,17 @@ def patch(model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, 
     """Make `model(input_ids)` attend by a rule until the returned patch is removed.
 
     `model` is a transformers causal language model or a peft model around one, of an architecture that is known to be
-    right under a patch (`architectures`); ValueError, naming the reason, for others. With `cl_id` and `cr_id` the rule is KV compression
-    between these sentinels; `rule` names any other. A 2D `attention_mask` given to the model marks padding. Raises
-    ValueError if the model is patched already. (Paper, section 3, for the rule; this project for the patch.)
+    right under a patch (`architectures`). With `cl_id` and `cr_id` the rule is KV compression between these sentinels;
+    `rule` names any other. A 2D `attention_mask` given to the model marks padding, on either side. Raises ValueError if
+    the model is patched already, or cannot be, with the reason. (Paper, section 3, for the rule; this project for the
+    patch.)
     """
     if (cl_id is None or cr_id is None) == (rule is None):
         raise ValueError("patch needs either cl_id and cr_id, or rule=…")
     decoder = decoder_of(model)
     if hasattr(decoder, "_sentinel_patch"):
         raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
+    check_architecture(causal_lm_of(model), decoder)
     return Patch(decoder, rule or KVCompression(cl_id, cr_id))
 
 

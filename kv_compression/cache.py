@@ -24,7 +24,7 @@ from kv_compression.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kv_compression.SentinelCache 4"
 PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
-PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
+PER_ROW = ("text_read", "real_read", "digest", "began")  # tensors (batch,)
 
 
 class SentinelLayer(DynamicLayer):
@@ -151,8 +151,7 @@ class SentinelCache(Cache):
         if self.kinds is None:
             nothing = input_ids.new_zeros(batch, 0)
             self.kinds, self.positions, self.visible_from, self.real = nothing, nothing, nothing, nothing.bool()
-            self.text_read = torch.zeros_like(input_ids[:, 0])
-            self.digest, self.began, _ = History.none(batch, input_ids.device)
+            self.text_read, self.real_read, self.digest, self.began, _ = History.none(batch, input_ids.device)
         if self.kinds.shape[0] != batch:
             raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
         self._admitted = True
@@ -162,18 +161,24 @@ class SentinelCache(Cache):
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
         text = self.rule.text(input_ids, real)
         positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
-        is_open = self.rule.is_open(self._tokens) if self.slots else torch.zeros_like(self.began)
-        kinds, history = self.rule.remember(input_ids, positions, real, History(self.digest, self.began, is_open))
+        kinds, history = self.rule.remember(input_ids, real, self._history)
         self.digest, self.began = history.digest, history.began
         self._note(kinds, positions, real)
         self.text_read = self.text_read + text.sum(-1)
+        self.real_read = self.real_read + real.sum(-1)
         self._tokens_read += new
         self._undoable += new
         plain = padding is None or bool(real.all())
-        self._skips_settling = self._is_quiet and plain and self.rule.is_quiet(self._last(new), self.text_read)
+        self._skips_settling = self._is_quiet and plain and self.rule.is_quiet(self._last(new), self._history)
         if new == 1 and self._skips_settling:
             return None, positions
         return self._seen(new), positions
+
+    @property
+    def _history(self) -> History:
+        """What was read, as a rule knows it."""
+        is_open = self.rule.is_open(self._tokens) if self.slots else torch.zeros_like(self.began)
+        return History(self.text_read, self.real_read, self.digest, self.began, is_open)
 
     def _note(self, kinds: Tensor, positions: Tensor, real: Tensor) -> None:
         """Add slots for new tokens."""
@@ -230,7 +235,7 @@ class SentinelCache(Cache):
         if not torch.equal(settled.kinds, self.kinds):
             self._undoable = 0
         self.kinds, self.visible_from = settled.kinds, settled.visible_from
-        self._drop(self.rule.keeps(settled, self.text_read))
+        self._drop(self.rule.keeps(settled, self._history))
         self._is_quiet = self._sees_all()
 
     def _drop(self, keep: Tensor) -> None:
@@ -255,7 +260,7 @@ class SentinelCache(Cache):
 
     def _sees_all(self) -> bool:
         """Whether all text to come sees every slot, and none is padding."""
-        return bool(self.real.all()) and self.rule.is_quiet(self._tokens, self.text_read)
+        return bool(self.real.all()) and self.rule.is_quiet(self._tokens, self._history)
 
     def compress(self, first, last, model: nn.Module | None = None) -> None:
         """Fold a span of text that is already in the cache into its <CR>, by reading <CL> and <CR> alone.
@@ -332,6 +337,7 @@ class SentinelCache(Cache):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
             text = self.real & (self.kinds == TEXT) if self.rule.uses_sentinels else self.real
             self.text_read = self.text_read - text[:, -count:].sum(-1)
+            self.real_read = self.real_read - self.real[:, -count:].sum(-1)
             self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
@@ -455,6 +461,7 @@ class SentinelCache(Cache):
             "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
             "visible_from": (self.visible_from >= 0) & (self.visible_from <= 2 * NEVER),
             "text_read": (self.text_read >= 0) & (self.text_read <= tokens_read),
+            "real_read": (self.real_read >= self.text_read) & (self.real_read <= tokens_read),
         }
         wrong = [name for name, fits in in_range.items() if not bool(fits.all())]
         if wrong:

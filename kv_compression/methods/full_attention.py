@@ -1,8 +1,6 @@
 """Full causal attention: the baseline that drops nothing, and what a teacher without adapters sees."""
 
-from torch import Tensor
-
-from kv_compression.methods.rule import MaskMod, Rule, Tokens, causal
+from kv_compression.methods.rule import History, MaskMod, Rule, Tokens, causal
 from kv_compression.sentinels import is_text
 
 
@@ -21,7 +19,7 @@ class FullAttention(Rule):
     def sees(self, tokens: Tokens) -> MaskMod:
         return causal
 
-    def is_quiet(self, tokens: Tokens, text_read: Tensor) -> bool:
+    def is_quiet(self, tokens: Tokens, history: History) -> bool:
         return True
 
 
@@ -32,5 +30,5 @@ class TextOnly(FullAttention):
         text = is_text(tokens.kinds, self.cl_id, self.cr_id)
         return lambda b, h, q, k: (k <= q) & (text[b, k] | (k == q))
 
-    def is_quiet(self, tokens: Tokens, text_read: Tensor) -> bool:
+    def is_quiet(self, tokens: Tokens, history: History) -> bool:
         return False

@@ -56,9 +56,7 @@ class KVCompression(Rule):
         if self.sink_tokens < 0 or self.recent_tokens < 0 or self.cr_tokens < 1:
             raise ValueError("sink_tokens and recent_tokens must be at least 0, cr_tokens at least 1")
 
-    def remember(
-        self, input_ids: Tensor, positions: Tensor, real: Tensor | None, history: History
-    ) -> tuple[Tensor, History]:
+    def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:
         is_cl, is_cr = input_ids == self.cl_id, input_ids == self.cr_id
         opened = history.open[:, None] | (is_cl.cumsum(-1) > 0)
         stray = is_cr & history.began[:, None] & ~opened
@@ -123,13 +121,13 @@ class KVCompression(Rule):
         settled = torch.where(closed & (kinds == CL), DROPPED, settled)
         return tokens._replace(kinds=settled, visible_from=visible_from)
 
-    def keeps(self, tokens: Tokens, text_read: Tensor) -> Tensor:
+    def keeps(self, tokens: Tokens, history: History) -> Tensor:
         recent = min(self.recent_tokens, FARTHEST)
-        expired = (tokens.kinds == EXPIRING) & (tokens.positions + recent < text_read[:, None])
+        expired = (tokens.kinds == EXPIRING) & (tokens.positions + recent < history.text_read[:, None])
         return ~expired & (tokens.kinds != DROPPED)
 
-    def is_quiet(self, tokens: Tokens, text_read: Tensor) -> bool:
-        seen = (tokens.kinds == SUMMARY) & (tokens.visible_from <= text_read[:, None])
+    def is_quiet(self, tokens: Tokens, history: History) -> bool:
+        seen = (tokens.kinds == SUMMARY) & (tokens.visible_from <= history.text_read[:, None])
         return bool(((tokens.kinds == TEXT) | seen).all())
 
     def is_open(self, tokens: Tokens) -> Tensor:

@@ -5,11 +5,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kv_compression.methods.rule import MaskMod, Rule, Tokens
+from kv_compression.methods.rule import History, MaskMod, Rule, Tokens
 
 
 class LocalAttention(Rule):
-    """A query at text position q sees the keys from floor(q · ratio) on, the product taken in double precision.
+    """A query q sees the keys from floor(q · ratio) on, the product taken in double precision.
 
     Drawn for ratio 0.5:
 
@@ -26,25 +26,28 @@ class LocalAttention(Rule):
     name = "local_attention"
     sinks = 0
 
-    def window(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the first keys the queries at these positions see, and the first key of their window.
+    def window(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of the first keys these queries see, and the first key of their window.
 
-        Neither number falls from one position to the next. `positions` is long, on the CPU: not every device has
-        double precision.
+        Neither number falls from one query to the next. `queries` is long, on the CPU: not every device has double
+        precision.
         """
-        return torch.zeros_like(positions), (positions.double() * self.ratio).floor().long()
+        return torch.zeros_like(queries), (queries.double() * self.ratio).floor().long()
 
-    def window_at(self, positions: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-        """`window` on any device, without waiting for it; no position reaches `bound`."""
-        sinks, first = _windows(self, 1 << bound.bit_length(), positions.device)
-        return sinks[positions], first[positions]
+    def window_at(self, queries: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+        """`window` on any device, without waiting for it; no query reaches `bound`."""
+        sinks, first = _windows(self, 1 << bound.bit_length(), queries.device)
+        return sinks[queries], first[queries]
+
+    def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:
+        return history.places(input_ids, real), history
 
     def sees(self, tokens: Tokens) -> MaskMod:
-        positions, num_sinks = tokens.positions, self.sinks
-        sinks, first = self.window_at(positions, tokens.bound)
+        places, num_sinks = tokens.kinds, self.sinks
+        sinks, first = self.window_at(places, tokens.bound)
 
         def rule(b, h, q, k):
-            keys = positions[b, k]
+            keys = places[b, k]
             seen = first[b, q] <= keys
             if num_sinks:
                 seen = seen | (keys < sinks[b, q])
@@ -52,18 +55,19 @@ class LocalAttention(Rule):
 
         return rule
 
-    def keeps(self, tokens: Tokens, text_read: Tensor) -> Tensor:
-        _, first = self.window_at(text_read[:, None], tokens.bound + 1)
-        return (tokens.positions < self.sinks) | (tokens.positions >= first)
+    def keeps(self, tokens: Tokens, history: History) -> Tensor:
+        _, first = self.window_at(history.tokens_read[:, None], tokens.bound)
+        return (tokens.kinds < self.sinks) | (tokens.kinds >= first)
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        last = self.text(input_ids, attention_mask).sum(-1) - 1
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().long()
+        last = real.sum(-1) - 1
         sinks, first = self.window_at(last.clamp(min=0), input_ids.shape[-1])
         return torch.where(last >= 0, first - sinks, 0)
 
 
 @lru_cache(maxsize=64)
 def _windows(rule: LocalAttention, length: int, device) -> tuple[Tensor, Tensor]:
-    """The windows at the first so many positions: made once and kept, as a device would have to be waited for."""
+    """The windows of the first so many queries: made once and kept, as a device would have to be waited for."""
     sinks, first = rule.window(torch.arange(length))
     return sinks.to(device), first.to(device)

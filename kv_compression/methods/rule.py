@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
     All but the last are `(batch, length)`. `kinds` (long) is what `Rule.remember` says of a token, `positions` (long)
     its text position, `visible_from` (long) the text position from which on later text sees it. `ignored` (bool, or
-    None) is True for padding. No position reaches `bound`.
+    None) is True for padding. The tokens read in all are fewer than `bound`.
     """
 
     kinds: Tensor
@@ -42,12 +42,15 @@ class Tokens(NamedTuple):
 
 
 class History(NamedTuple):
-    """What a rule carries over from the text read so far, `(batch,)` each.
+    """What a rule knows of the text that has been read, `(batch,)` each.
 
-    `digest` (long) sums the text up, `began` (bool) says whether a sentinel was in it, `open` (bool) whether a span
-    is open at its end.
+    `text_read` and `tokens_read` (long) count text tokens, and text tokens with sentinels; padding counts for nothing.
+    `digest` (long) sums the text up, `began` (bool) says whether a sentinel was in it, `open` (bool) whether a span is
+    open at its end.
     """
 
+    text_read: Tensor
+    tokens_read: Tensor
     digest: Tensor
     began: Tensor
     open: Tensor
@@ -56,7 +59,13 @@ class History(NamedTuple):
     def none(cls, batch: int, device=None) -> "History":
         """The history before the first token."""
         nothing = torch.zeros(batch, dtype=torch.long, device=device)
-        return cls(nothing, nothing.bool(), nothing.bool())
+        return cls(nothing, nothing, nothing, nothing.bool(), nothing.bool())
+
+    def places(self, input_ids: Tensor, real: Tensor | None) -> Tensor:
+        """How many tokens were read before each of the new ones `(batch, new)`, padding aside; long."""
+        if real is None:
+            return self.tokens_read[:, None] + torch.arange(input_ids.shape[-1], device=input_ids.device)
+        return self.tokens_read[:, None] + (real.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -112,10 +121,11 @@ class Rule:
         rule = self.mask_mod(tokens.kinds.gather(-1, order))
         return lambda b, h, q, k: rule(b, h, rank[b, q], rank[b, k]) & (k <= q)
 
-    def remember(
-        self, input_ids: Tensor, positions: Tensor, real: Tensor | None, history: History
-    ) -> tuple[Tensor, History]:
-        """What is remembered of new tokens `(batch, new)`, long, and the history with them: by default their ids."""
+    def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:
+        """What is remembered of new tokens `(batch, new)`, long, by default their ids; and the history with them.
+
+        `real` is False for padding, None if there is none. Counting what was read is the caller's business.
+        """
         return input_ids, history
 
     def settled(self, tokens: Tokens) -> Tokens:
@@ -126,12 +136,12 @@ class Rule:
         """Whether a span is open at the end of settled tokens, bool `(batch,)`."""
         return torch.zeros_like(tokens.kinds[:, 0], dtype=torch.bool)
 
-    def keeps(self, tokens: Tokens, text_read: Tensor) -> Tensor:
-        """Which settled keys a token after `text_read` `(batch,)` text tokens may see, bool `(batch, length)`."""
+    def keeps(self, tokens: Tokens, history: History) -> Tensor:
+        """Which settled keys a token to come may see, bool `(batch, length)`."""
         return torch.ones_like(tokens.kinds, dtype=torch.bool)
 
-    def is_quiet(self, tokens: Tokens, text_read: Tensor) -> bool:
-        """Whether every text token after `text_read` `(batch,)` sees all of these, so that none will ever leave."""
+    def is_quiet(self, tokens: Tokens, history: History) -> bool:
+        """Whether every text token to come sees all of these, so that none will ever leave."""
         return False
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -157,9 +167,9 @@ class Rule:
         """Whole blocks `(batch, length)` as a rule reads them."""
         real = None if attention_mask is None else attention_mask.bool()
         positions = count_text(self.text(input_ids, real))
-        kinds, _ = self.remember(input_ids, positions, real, History.none(len(input_ids), input_ids.device))
+        kinds, _ = self.remember(input_ids, real, History.none(len(input_ids), input_ids.device))
         ignored = None if real is None else ~real
-        return Tokens(kinds, positions, torch.zeros_like(positions), ignored, input_ids.shape[-1])
+        return Tokens(kinds, positions, torch.zeros_like(positions), ignored, input_ids.shape[-1] + 1)
 
     def text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """True where a token is text: neither a sentinel nor padding. Bool `(batch, length)`."""

@@ -28,41 +28,41 @@ class ScatteredAttention(Rule):
     name = "scattered_attention"
     num_kinds = UNDRAWN + 1
 
-    def remember(
-        self, input_ids: Tensor, positions: Tensor, real: Tensor | None, history: History
-    ) -> tuple[Tensor, History]:
-        drawn, digest = draw_keys(input_ids, self.ratio, self.seed, positions, real, history.digest)
+    def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:
+        places = history.places(input_ids, real)
+        drawn, digest = draw_keys(input_ids, self.ratio, self.seed, places, real, history.digest)
         return torch.where(drawn, DRAWN, UNDRAWN), history._replace(digest=digest)
 
     def sees(self, tokens: Tokens) -> MaskMod:
         drawn = tokens.kinds == DRAWN
         return lambda b, h, q, k: (k <= q) & (drawn[b, k] | (k == q))
 
-    def keeps(self, tokens: Tokens, text_read: Tensor) -> Tensor:
+    def keeps(self, tokens: Tokens, history: History) -> Tensor:
         return tokens.kinds == DRAWN
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        text, tokens = self.text(input_ids, attention_mask), self.tokens(input_ids, attention_mask)
-        last = text.sum(-1, keepdim=True) - 1  # which sees itself
-        return (text & (tokens.kinds == UNDRAWN) & (tokens.positions < last)).sum(-1)
+        undrawn = self.tokens(input_ids, attention_mask).kinds == UNDRAWN
+        real = torch.ones_like(undrawn) if attention_mask is None else attention_mask.bool()
+        is_last = real.flip(-1).cumsum(-1).flip(-1) == 1  # the last token sees itself
+        return (real & undrawn & ~is_last).sum(-1)
 
 
 def draw_keys(
     input_ids: Tensor,
     ratio: float,
     seed: int,
-    positions: Tensor | None = None,
+    places: Tensor | None = None,
     real: Tensor | None = None,
     digest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which keys are drawn, bool `(batch, length)`, and the digest `(batch,)` of all text up to their end.
 
-    `positions` are the tokens' text positions (0, 1, 2 … by default), `real` is False for padding, which counts for
-    nothing, and `digest` that of the text before. (This project.)
+    `places` count the tokens (from 0 by default), `real` is False for padding, which counts for nothing, and `digest`
+    is that of the text before. (This project.)
     """
-    if positions is None:
-        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    parts = _mix(input_ids.long() * 0x10001 + _mix(positions + ((seed % (1 << 31)) << 32)))
+    if places is None:
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    parts = _mix(input_ids.long() * 0x10001 + _mix(places + ((seed % (1 << 31)) << 32)))
     prefix = (parts if real is None else parts * real).cumsum(-1)  # wraps modulo 2^64
     prefix = prefix if digest is None else digest[:, None] + prefix
     uniform = (_mix(prefix) & ((1 << 24) - 1)).to(torch.float32) / (1 << 24)

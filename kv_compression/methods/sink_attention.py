@@ -43,7 +43,7 @@ class SinkAttention(LocalAttention):
         """How many of the first keys are kept."""
         return self.sink_tokens or SINKS
 
-    def window(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        kept = ((1 - self.ratio) * (positions + 1).double()).ceil().long()
+    def window(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        kept = ((1 - self.ratio) * (queries + 1).double()).ceil().long()
         sinks = kept.clamp(max=self.sinks)
-        return sinks, positions + 1 - (kept - sinks)
+        return sinks, queries + 1 - (kept - sinks)
