@@ -7,6 +7,7 @@ are registered here: `grouped`, for CPUs, and `sorted_flex_attention`, for long 
 visible is a `methods.rule.Rule`.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,10 +77,11 @@ class Patch:
         self.rule = rule
         self.patterns = patterns_of(decoder)
         self._hooks = [
-            decoder.register_forward_pre_hook(self._derive, with_kwargs=True),
-            decoder.register_forward_hook(self._settle, with_kwargs=True),
+            decoder.register_forward_pre_hook(torch.compiler.disable(self._derive), with_kwargs=True),
+            decoder.register_forward_hook(torch.compiler.disable(self._settle), with_kwargs=True),
         ]
         decoder._sentinel_patch = self
+        forget_compiled_code()
 
     def remove(self) -> None:
         """Take the patch off. Doing so twice is harmless."""
@@ -87,6 +89,7 @@ class Patch:
             hook.remove()
         if getattr(self.decoder, "_sentinel_patch", None) is self:
             del self.decoder._sentinel_patch
+            forget_compiled_code()
 
     def __enter__(self) -> "Patch":
         return self
@@ -156,6 +159,12 @@ class Patch:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SentinelCache):
             cache.settle()
+
+
+def forget_compiled_code() -> None:
+    """Have code that torch has compiled compiled again: it does not notice that a module's hooks have changed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def check_positions(decoder: nn.Module, most: int, count: Callable[[], int]) -> None:

@@ -182,7 +182,7 @@ def test_grouped_attention_without_a_patch_is_plain_causal_attention():
 
 WINDOWS = {
     "mistral": {"sliding_window": 5},
-    "gemma2": {"sliding_window": 5, "head_dim": 8},
+    "gemma3_text": {"sliding_window": 5, "head_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "llama4_text": {"attention_chunk_size": 6, "intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8},
 }
@@ -291,3 +291,19 @@ def test_a_window_of_any_size_is_a_window():
     far = KVCompression(CL, CR, recent_tokens=2**31).mask(ids)
     assert torch.equal(far, KVCompression(CL, CR, recent_tokens=50).mask(ids))
     assert torch.equal(far, KVCompression(CL, CR, recent_tokens=2**62).mask(ids))
+
+
+@pytest.mark.parametrize("compile_it", [lambda model: torch.compile(model, backend="eager"), None])
+@torch.no_grad()
+def test_a_patch_is_in_effect_in_a_model_that_was_compiled_before(compile_it):
+    model = random_model("llama", "sdpa")
+    with compressed_attention(model, CL, CR):
+        expected = model(IDS, use_cache=False).logits
+    if compile_it is None:
+        model.compile(backend="eager")
+    compiled = compile_it(model) if compile_it else model
+    plain = compiled(IDS, use_cache=False).logits
+    for _ in range(2):
+        with compressed_attention(model, CL, CR):
+            torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, plain)
