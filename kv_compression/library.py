@@ -20,7 +20,18 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.generation import prefill
 from kv_compression.hub import fetch
 from kv_compression.results import RESULTS, read_results
-from kv_compression.sentinels import add_sentinels, insert_sentinels, make_room, start_at_mean
+from kv_compression.sentinels import (
+    CL_TOKEN,
+    CR_TOKEN,
+    add_sentinels,
+    insert_sentinels,
+    make_room,
+    mark_rows,
+    plain,
+    refuse_unwritable,
+    start_at_mean,
+    unset_rows,
+)
 from kv_compression.spans import entries_to_remove, exact_spans, widest_window
 from kv_compression.visibility import METHODS, KVCompression, Rule
 
@@ -35,7 +46,8 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
     - a folder that run_clm.py or export_model.py has left, or such a repository on the Hugging Face hub (at
       `revision`): the method and options that were trained, and the run's sentinels;
     - a tokenizer: KV compression with the `options` `sink_tokens`, `cr_tokens`, `cr_visibility` and `recent_tokens`
-      (`visibility.kv_compression`), for a model that is not trained yet; <CL> and <CR> are added to both.
+      (`visibility.kv_compression`), for a model that is not trained yet; <CL> and <CR> are added to both. Which rows
+      have been set stands in the model's configuration: neither a second call nor a trained model's rows are reset.
 
     Before or behind `PeftModel.from_pretrained`; if before, the model's embedding need not be resized for the adapter.
     The returned patch has the `rule`; `remove()`, or the end of a with-block, leaves the model's attention as it was.
@@ -62,6 +74,7 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
             raise ValueError(f"{unknown[0]} is no option of KV compression: choose from {', '.join(OF_A_RULE)}")
         rule = KVCompression(**options)  # says what is wrong before anything is changed
         refuse_if_patched(model)
+        refuse_tokenizer_of_a_run(source, causal_lm_of(model))
         cl_id, cr_id = add_sentinels(source, causal_lm_of(model))
         return patch(model, rule=replace(rule, cl_id=cl_id, cr_id=cr_id))
     if options:
@@ -78,6 +91,20 @@ def refuse_if_patched(model: nn.Module) -> None:
     """ValueError if it is, before a model changes."""
     if hasattr(decoder_of(model), "_sentinel_patch"):
         raise ValueError("the model is patched already: remove that patch first")
+
+
+def refuse_tokenizer_of_a_run(tokenizer, model: nn.Module) -> None:
+    """ValueError if a run's tokenizer meets rows of which nobody can say whether they are the run's, which stay."""
+    folder = str(getattr(tokenizer, "name_or_path", ""))
+    if not folder or not (Path(folder) / RESULTS).is_file():
+        return
+    ids = tokenizer.convert_tokens_to_ids([CL_TOKEN, CR_TOKEN])
+    rows = plain(model.get_input_embeddings()).weight.shape[0]
+    if None not in ids and max(ids) < rows and unset_rows(model, *ids):
+        raise ValueError(
+            f"the tokenizer is that of the run {folder}, and the model may hold what the run has learnt: "
+            f"attach(model, {folder!r}); to start anew, take the base model's tokenizer"
+        )
 
 
 def results_of(source: str, revision: str | None = None) -> dict:
@@ -114,21 +141,22 @@ def restore_rows(model: nn.Module, rule: Rule, merged: bool) -> None:
     """Give a model's embeddings the rows for <CL> and <CR> that it had in its run.
 
     The adapter holds what they have learnt, where input and output embedding are tied for both; an output embedding
-    of its own keeps what they began with, which no adapter holds. `merged` weights hold everything.
+    of its own keeps what they began with, which no adapter holds. `merged` weights hold everything. What was set
+    before is left alone.
     """
-    ids = [rule.cl_id, rule.cr_id]
+    ids = (rule.cl_id, rule.cr_id)
+    unset = unset_rows(model, *ids)
+    if not unset:
+        return
+    refuse_unwritable(model)
     grown = make_room(model, *ids)
     embedding, head = (plain(part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
     if grown:
-        start_at_mean(embedding, min(ids), ids)
+        start_at_mean(embedding, unset, ids)
     own_head = head is not None and head.weight is not embedding.weight
     if own_head and not merged:
-        start_at_mean(head, min(ids), ids)
-
-
-def plain(module: nn.Module | None) -> nn.Module | None:
-    """The module itself, where peft has put a wrapper around it."""
-    return getattr(module, "original_module", module)
+        start_at_mean(head, unset, ids)
+    mark_rows(model, *ids)
 
 
 @torch.no_grad()
