@@ -49,6 +49,11 @@ class SentinelLayer(DynamicLayer):
         self.values = _kept(self.values, rows, slots)
 
 
+def _kind(states: Tensor) -> tuple:
+    """What keys or values have in common with others of their layer: dtype, heads, width."""
+    return states.dtype, states.shape[1], states.shape[3]
+
+
 def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
     if len(rows) == 1:
         return states.index_select(2, rows[0].to(states.device))
@@ -198,10 +203,10 @@ class SentinelCache(Cache):
             raise ValueError(
                 "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
             )
-        held = self.layers[layer_idx].keys if layer_idx < len(self.layers) else None
         if self.slots > key_states.shape[2]:
-            mine = None if held is None else (held.dtype, held.shape[1], held.shape[3])
-            if mine != (key_states.dtype, key_states.shape[1], key_states.shape[3]):
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else SentinelLayer()
+            held = [part if part is None else _kind(part) for part in (layer.keys, layer.values)]
+            if held != [_kind(key_states), _kind(value_states)]:
                 raise UsageError(f"the cache does not hold keys of layer {layer_idx} as the model makes them")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -447,11 +452,13 @@ class SentinelCache(Cache):
             setattr(self, name, tensors[name])
         of_states = tensors["keys.0"].dtype
         for keys, values in ((tensors[keys], tensors[values]) for keys, values in states):
-            alike = keys.shape == values.shape and keys.dtype == values.dtype == of_states
-            if not alike or not of_states.is_floating_point or keys.dim() != 4:
-                raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)}, values {tuple(values.shape)}")
-            if (keys.shape[0], keys.shape[2]) != (batch, slots) or 0 in (keys.shape[1], keys.shape[3]):
-                raise ValueError(f"keys have shape {tuple(keys.shape)} for {batch} rows of {slots} slots")
+            if keys.dtype != of_states or values.dtype != of_states or not of_states.is_floating_point:
+                raise ValueError(f"keys are {keys.dtype}, values {values.dtype}, others {of_states}")
+            for part in (keys, values):  # latent attention has values of another width
+                if part.dim() != 4 or part.shape[::2] != (batch, slots) or 0 in part.shape[1::2]:
+                    raise ValueError(f"keys or values of {tuple(part.shape)} for {batch} rows of {slots} slots")
+            if keys.shape[1] != values.shape[1]:
+                raise ValueError(f"keys have {keys.shape[1]} heads, values {values.shape[1]}")
             layer = SentinelLayer()
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values

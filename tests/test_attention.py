@@ -168,3 +168,11 @@ def test_what_a_patched_model_cannot_know_is_refused():
 def test_grouped_attention_without_a_patch_is_plain_causal_attention():
     expected = random_model("llama", "sdpa")(IDS).logits
     torch.testing.assert_close(random_model("llama", "grouped")(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "grouped"])
+def test_values_may_be_narrower_than_keys(implementation):
+    expected = random_model("deepseek_v2", "eager")
+    found = random_model("deepseek_v2", implementation)
+    with torch.no_grad(), compressed_attention(expected, CL, CR), compressed_attention(found, CL, CR):
+        torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-5)
