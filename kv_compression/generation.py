@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from kv_compression.cache import Budget, SentinelCache
+from kv_compression.cache import Budget, SentinelCache, input_device
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
 from kv_compression.information import unit_starts
@@ -99,7 +99,7 @@ def prefill(
             input_ids=input_ids[:, start : start + chunk],
             attention_mask=None if attention_mask is None else real[:, start : start + chunk],
             past_key_values=cache,
-            logits_to_keep=torch.tensor(wanted, device=input_ids.device),
+            logits_to_keep=torch.tensor(wanted),
         ).logits
         for row, position in ending.items():
             found[row] = logits[row, wanted.index(position)]
@@ -174,7 +174,7 @@ def continue_documents(
     prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
     """
     start = time.perf_counter()
-    device = next(model.parameters()).device
+    device = input_device(model)
     input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     real = torch.zeros_like(input_ids)
     for number, row in enumerate(rows):
@@ -226,8 +226,8 @@ def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> 
                 break
             if len(left) < len(active):
                 active = [active[number] for number in left]
-                cache.batch_select_indices(torch.tensor(left, device=logits.device))
-        newest = torch.tensor([[rows[row][-1]] for row in active], device=logits.device)
+                cache.batch_select_indices(torch.tensor(left))
+        newest = torch.tensor([[rows[row][-1]] for row in active], device=input_device(model))
         logits = model(input_ids=newest, past_key_values=cache).logits[:, -1]
         if budget is not None:
             budget.enforce(cache)

@@ -6,16 +6,19 @@ experiments need.
 
 import os
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+from transformers import GenerationMixin
 
 from kv_compression.attention import Patch, patch
-from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of
+from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of, input_device
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.generation import prefill
 from kv_compression.hub import fetch
@@ -76,7 +79,7 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
         refuse_if_patched(model)
         refuse_tokenizer_of_a_run(source, causal_lm_of(model))
         cl_id, cr_id = add_sentinels(source, causal_lm_of(model))
-        return patch(model, rule=replace(rule, cl_id=cl_id, cr_id=cr_id))
+        return _patched(model, replace(rule, cl_id=cl_id, cr_id=cr_id))
     if options:
         raise ValueError(f"{', '.join(options)}: the options are the run's, which {source} tells")
     results = results_of(os.fspath(source), revision)
@@ -84,7 +87,39 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
     refuse_if_patched(model)
     if rule.uses_sentinels:
         restore_rows(causal_lm_of(model), rule, merged="export" in results)
-    return patch(model, rule=rule)
+    return _patched(model, rule)
+
+
+def _patched(model: nn.Module, rule: Rule) -> Patch:
+    patched = patch(model, rule=rule)
+    patched._hooks.append(CarefulGenerate(causal_lm_of(model)))
+    return patched
+
+
+class CarefulGenerate:
+    """A model's `generate` that refuses tokens which a filled `SentinelCache` would misread, until `remove()`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        model.generate = MethodType(_careful_generate, model)  # bound, so that a copy of the model has its own
+
+    def remove(self) -> None:
+        """Give the model its own `generate` back. Doing so twice is harmless."""
+        self.model.__dict__.pop("generate", None)
+
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+@wraps(GenerationMixin.generate)
+def _careful_generate(self, inputs=None, generation_config=None, *args, **kwargs):
+    cache = kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if isinstance(cache, SentinelCache) and ids is not None:
+        config = generation_config or self.generation_config
+        assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
+        cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
+    return type(self).generate(self, inputs, generation_config, *args, **kwargs)
 
 
 def refuse_if_patched(model: nn.Module) -> None:
@@ -191,7 +226,7 @@ def compress(
     rule = patched.rule
     ids = mark(tokenizer(text)["input_ids"], rule, ratio, max_span_length, seed)
     cache = SentinelCache(rule=rule)
-    prefill(model, torch.tensor([ids], device=next(model.parameters()).device), cache, chunk=chunk)
+    prefill(model, torch.tensor([ids], device=input_device(model)), cache, chunk=chunk)
     return cache
 
 
