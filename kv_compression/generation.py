@@ -78,6 +78,15 @@ def documents_digest(documents: Iterable[Document]) -> str:
     return hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
 
 
+def as_batch(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of token ids as a batch `(rows, longest)` padded on the right, and its attention mask if any is padded."""
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    return input_ids.to(device), None if bool(real.all()) else real.to(device)
+
+
 @torch.no_grad()
 def prefill(
     model: nn.Module, input_ids: Tensor, cache: SentinelCache, attention_mask: Tensor | None = None, chunk: int = 128
@@ -175,13 +184,9 @@ def continue_documents(
     """
     start = time.perf_counter()
     device = input_device(model)
-    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    real = torch.zeros_like(input_ids)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
     cache = SentinelCache(rule=rule)
-    padding = None if bool(real.all()) else real.to(device)
-    logits = prefill(model, input_ids.to(device), cache, padding, sampler.chunk)
+    input_ids, padding = as_batch(rows, device)
+    logits = prefill(model, input_ids, cache, padding, sampler.chunk)
     lengths, slot_bytes = cache.lengths.tolist(), cache.bytes / (len(rows) * cache.slots)
 
     cache.batch_repeat_interleave(sampler.continuations)

@@ -5,6 +5,8 @@ experiments need.
 """
 
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -20,7 +22,7 @@ from transformers import GenerationMixin
 from kv_compression.attention import Patch, patch
 from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of, input_device
 from kv_compression.errors import RunError, UsageError, one_line
-from kv_compression.generation import prefill
+from kv_compression.generation import as_batch, prefill
 from kv_compression.hub import fetch
 from kv_compression.results import RESULTS, read_results
 from kv_compression.sentinels import (
@@ -117,6 +119,8 @@ def _careful_generate(self, inputs=None, generation_config=None, *args, **kwargs
     ids = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(cache, SentinelCache) and ids is not None:
         config = generation_config or self.generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
+            raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
         assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
         cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
     return type(self).generate(self, inputs, generation_config, *args, **kwargs)
@@ -198,21 +202,22 @@ def restore_rows(model: nn.Module, rule: Rule, merged: bool) -> None:
 def compress(
     model: nn.Module,
     tokenizer,
-    text: str,
+    text: str | Sequence[str],
     ratio: float | None = None,
     *,
     max_span_length: int = 25,
     seed: int = 0,
     chunk: int = 128,
 ) -> SentinelCache:
-    """Read a text into a cache that holds the share 1 − `ratio` of its keys; `attach` the model first.
+    """Read a text, or several, into a cache that holds the share 1 − `ratio` of the keys; `attach` the model first.
 
     Under KV compression `ratio` is free (the one trained with is the default): spans of at most `max_span_length`
     tokens at places that `seed` fixes become one key each, or as many as the rule has <CR>, so that exactly
-    round(ratio · tokens) keys leave. With `recent_tokens` the last of them leave when as many tokens have followed.
-    Any other method drops by its own ratio. The text is read `chunk` tokens at a time, and peak memory follows what
-    is kept. Returns a cache of one row; `followed_by` goes on from it. ValueError if the ratio cannot be had.
-    (Protocol `matched`, this project.)
+    round(ratio · tokens) keys have left when the text has been read. Where a window (`recent_tokens`) is too wide for
+    that, the last of them leave as tokens follow: a UserWarning says how many keys are held until then. Any other
+    method drops by its own ratio. The text is read `chunk` tokens at a time, and peak memory follows what is kept.
+    Returns a cache with a row for every text, each compressed as it would be alone; `followed_by` continues it.
+    ValueError if there is no text or spans cannot remove that share. (Protocol `matched`, this project.)
 
     Example::
 
@@ -223,11 +228,35 @@ def compress(
     patched = getattr(decoder_of(model), "_sentinel_patch", None)
     if patched is None:
         raise ValueError("the model has no rule to compress by: attach(model, …) first")
-    rule = patched.rule
-    ids = mark(tokenizer(text)["input_ids"], rule, ratio, max_span_length, seed)
+    rule, texts = patched.rule, [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("there is no text to compress")
+    rows = []
+    for number, each in enumerate(texts):
+        try:
+            rows.append(mark(tokenizer(each)["input_ids"], rule, ratio, max_span_length, seed))
+        except ValueError as error:
+            raise ValueError(f"text {number} of {len(texts)}: {error}" if len(texts) > 1 else str(error)) from error
     cache = SentinelCache(rule=rule)
-    prefill(model, torch.tensor([ids], device=input_device(model)), cache, chunk=chunk)
+    input_ids, padding = as_batch(rows, input_device(model))
+    prefill(model, input_ids, cache, padding, chunk)
+    if rule.uses_sentinels:
+        warn_of_late_keys(cache, rule.ratio if ratio is None else ratio)
     return cache
+
+
+def warn_of_late_keys(cache: SentinelCache, ratio: float) -> None:
+    """UserWarning if a row holds more keys than the share 1 − `ratio`, because of the rule's window."""
+    for held, read in zip(cache.lengths.tolist(), cache.text_read.tolist()):
+        kept = read - round(ratio * read)
+        if held > kept:
+            warnings.warn(
+                f"the cache holds {held} keys of {read} tokens, {held / read:.2f} of them: the window of "
+                f"{cache.rule.recent_tokens} tokens is too wide for ratio {ratio}, and {held - kept} keys leave only "
+                "as tokens follow",
+                stacklevel=4,
+            )
+            return
 
 
 def mark(tokens: list[int], rule: Rule, ratio: float | None, max_span_length: int, seed: int) -> list[int]:

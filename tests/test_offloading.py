@@ -1,4 +1,4 @@
-"""Models whose weights lie on "meta" until a layer needs them, as accelerate's offloading and device maps leave them."""
+"""Models whose weights lie on "meta" until a layer needs them, as offloading and device maps leave them."""
 
 import accelerate
 import pytest
