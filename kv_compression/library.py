@@ -17,13 +17,13 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from kv_compression.attention import Patch, patch
 from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of, input_device
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.generation import as_batch, prefill
-from kv_compression.hub import fetch
+from kv_compression.hub import check_hub, fetch, snapshot
 from kv_compression.results import RESULTS, read_results
 from kv_compression.sentinels import (
     CL_TOKEN,
@@ -41,6 +41,43 @@ from kv_compression.spans import entries_to_remove, exact_spans, widest_window
 from kv_compression.visibility import METHODS, KVCompression, Rule
 
 OF_A_RULE = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
+
+
+def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32):
+    """A trained run's model and tokenizer, ready to use: `(model, tokenizer)`.
+
+    `run` is a folder that run_clm.py or export_model.py has left, or such a repository on the Hugging Face hub (at
+    `revision`). The model is the one the run was trained on, its adapter merged into the weights (which generates
+    faster), in evaluation mode, on the CPU, with the run's rule attached. `dtype` is torch.float32 or torch.bfloat16.
+    Raises ValueError for another dtype, UsageError if there is no such folder, RunError if the run is damaged or the
+    model it was trained on cannot be had; HF_HUB_OFFLINE=1 uses what was downloaded before.
+
+    Example::
+
+        model, tokenizer = kvc.load("output/paper/kv_compression_0.5")
+        cache = kvc.compress(model, tokenizer, text, ratio=0.9)
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is torch.float32 or torch.bfloat16, not {dtype}")
+    results = results_of(os.fspath(run), revision)
+    folder = os.fspath(run) if Path(run).is_dir() else snapshot(os.fspath(run), revision)
+    if "export" in results:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # loaders raise whatever their parsers do
+            raise RunError(f"the model in {folder} cannot be loaded: {one_line(error)}") from error
+    else:
+        from kv_compression.presets import EMBEDDED  # what experiments need, the rest of the library does without
+
+        base = results["model"]
+        if base != EMBEDDED and not os.path.isdir(base):  # or downloads try again for a minute
+            check_hub(base, "model", "an export of the run (export_model.py), which needs no other")
+        from kv_compression.experiment import load_run
+
+        tokenizer, model, _ = load_run(folder, "bf16" if dtype == torch.bfloat16 else "no")
+    attach(model, folder)
+    return model, tokenizer
 
 
 def attach(model: nn.Module, source, *, revision: str | None = None, **options) -> Patch:
