@@ -8,6 +8,7 @@ later token can see, in all layers. Which these are is the `visibility.Rule`'s t
 import copy
 import itertools
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from kv_compression.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kv_compression.SentinelCache 4"
 PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
-PER_ROW = ("text_read", "real_read", "digest", "began")  # tensors (batch,)
+PER_ROW = ("text_read", "real_read", "digest", "began", "fingerprint")  # tensors (batch,)
 
 
 class SentinelLayer(DynamicLayer):
@@ -34,6 +35,16 @@ class SentinelLayer(DynamicLayer):
         """Keep the slots `rows[b]` of every row b, in order, padded to `slots`; the storage of the rest is freed."""
         self.keys = _kept(self.keys, rows, slots)
         self.values = _kept(self.values, rows, slots)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; layers may lie on different devices."""
+        if self.is_initialized:
+            super().batch_select_indices(indices.to(self.keys.device))
+
+
+def _kind(states: Tensor) -> tuple:
+    """What keys or values have in common with others of their layer: dtype, heads, width."""
+    return states.dtype, states.shape[1], states.shape[3]
 
 
 def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
@@ -84,6 +95,7 @@ class SentinelCache(Cache):
         self._skips_settling = False
         self._fold = None  # the order of the slots in which a fold reads
         self._admitted = False
+        self._repeatable = False
 
     def __repr__(self) -> str:
         return f"SentinelCache({self.rule.name}, length={self.length}, logical_length={self.logical_length})"
@@ -152,8 +164,8 @@ class SentinelCache(Cache):
             nothing = input_ids.new_zeros(batch, 0)
             self.kinds, self.positions, self.visible_from, self.real = nothing, nothing, nothing, nothing.bool()
             self.text_read, self.real_read, self.digest, self.began, _ = History.none(batch, input_ids.device)
-        if self.kinds.shape[0] != batch:
-            raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
+            self.fingerprint = self.text_read
+        self._fit_rows(batch)
         self._admitted = True
         if self._fold is not None:
             return self._seen(new), self.positions[:, -new:]
@@ -164,6 +176,7 @@ class SentinelCache(Cache):
         kinds, history = self.rule.remember(input_ids, real, self._history)
         self.digest, self.began = history.digest, history.began
         self._note(kinds, positions, real)
+        self.fingerprint = self.fingerprint + _fingerprint(input_ids, positions, text)
         self.text_read = self.text_read + text.sum(-1)
         self.real_read = self.real_read + real.sum(-1)
         self._tokens_read += new
@@ -215,10 +228,10 @@ class SentinelCache(Cache):
             raise ValueError(
                 "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
             )
-        held = self.layers[layer_idx].keys if layer_idx < len(self.layers) else None
         if self.slots > key_states.shape[2]:
-            mine = None if held is None else (held.dtype, held.shape[1], held.shape[3])
-            if mine != (key_states.dtype, key_states.shape[1], key_states.shape[3]):
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else SentinelLayer()
+            held = [part if part is None else _kind(part) for part in (layer.keys, layer.values)]
+            if held != [_kind(key_states), _kind(value_states)]:
                 raise UsageError(f"the cache does not hold keys of layer {layer_idx} as the model makes them")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -331,7 +344,10 @@ class SentinelCache(Cache):
         if count < 0:
             raise ValueError("crop takes the number of tokens to unread as a negative number")
         if count > self._undoable:
-            raise ValueError(f"only the last {self._undoable} tokens can be unread: keys have left the cache before")
+            raise ValueError(
+                f"only the last {self._undoable} tokens can be unread, keys have left the cache before: assisted "
+                "generation needs a rule under which generated text stays"
+            )
         if count:
             if bool(self.digest.any()):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
@@ -341,6 +357,7 @@ class SentinelCache(Cache):
             self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
+            self.fingerprint = torch.full_like(self.fingerprint, -1)  # of tokens that nobody names here
             self._is_quiet = self._sees_all()
 
     def reset(self) -> None:
@@ -374,26 +391,82 @@ class SentinelCache(Cache):
             for name in PER_SLOT + PER_ROW:
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
-    def followed_by(self, input_ids: Tensor) -> dict:
-        """What `model.generate` takes to go on behind this cache with new tokens `(batch, new)`, at least one.
+    def followed_by(self, input_ids: Tensor | Mapping, attention_mask: Tensor | None = None) -> dict:
+        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one a row.
 
-        That goes on in a copy, so that the cache can be followed by something else afterwards; the keys are shared, as
-        no key ever changes. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
+        `input_ids` may also be what a tokenizer returns. `attention_mask` `(batch, new)` is 0 where a token is padding,
+        on either side; padding is moved to the left, where generation needs it. A cache of one row takes any number of
+        rows of tokens.
+
+        Generation works on a copy, so that the cache can be followed by something else afterwards; the keys are
+        shared, as no key ever changes. Beams and several sequences a row (`num_beams`, `num_return_sequences`) repeat
+        the copy's rows. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
         that the cache has read::
 
             output = model.generate(**cache.followed_by(question), max_new_tokens=64)
+
+        Raises ValueError if rows or shapes do not fit.
         """
-        if not input_ids.shape[1]:
-            raise ValueError("give at least one new token: the cache keeps no scores for what it has read")
-        if self.slots and len(input_ids) != len(self.kinds):
-            raise ValueError(f"the cache holds {len(self.kinds)} rows, but {len(input_ids)} were given")
-        read = input_ids.new_ones(len(input_ids), self.get_seq_length() + input_ids.shape[1])
+        if isinstance(input_ids, Mapping):
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError('new tokens are a tensor (batch, new): call the tokenizer with return_tensors="pt"')
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+        if real.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {tuple(real.shape)}, the new tokens are {tuple(input_ids.shape)}")
+        if not bool(real.any(-1).all()) or not input_ids.numel():
+            raise ValueError("give every row at least one new token: the cache keeps no scores for what it has read")
+        rows = len(self.kinds) if self.slots else len(input_ids)
+        if rows not in (1, len(input_ids)):
+            raise ValueError(f"the cache holds {rows} rows, but {len(input_ids)} were given")
+        to_the_left = real.argsort(dim=-1, stable=True)
+        read = real.new_ones(len(input_ids), self.get_seq_length())
         own = copy.copy(self)
         own.layers = [copy.copy(layer) for layer in self.layers]
-        inputs = {"input_ids": input_ids, "attention_mask": read, "past_key_values": own}
+        own._repeatable = True
+        inputs = {
+            "input_ids": input_ids.gather(1, to_the_left),
+            "attention_mask": torch.cat([read, real.gather(1, to_the_left)], dim=1),
+            "past_key_values": own,
+        }
         if self.rule.uses_sentinels:
             inputs["suppress_tokens"] = [self.rule.cl_id, self.rule.cr_id]
         return inputs
+
+    def _fit_rows(self, batch: int) -> None:
+        """Repeat a followed copy's rows as `generate` has repeated its inputs; ValueError if other rows are given."""
+        rows, repeatable, self._repeatable = len(self.kinds), self._repeatable, False
+        if rows == batch:
+            return
+        if not repeatable or batch % rows:
+            raise ValueError(
+                f"the cache holds {rows} rows, but {batch} were given: generate takes several beams or sequences a row "
+                "with **cache.followed_by(new_tokens); cache.batch_repeat_interleave repeats rows"
+            )
+        self.batch_repeat_interleave(batch // rows)
+
+    def refuse_misreading(self, input_ids: Tensor, attention_mask: Tensor | None, slices: bool = True) -> None:
+        """ValueError unless `generate` will read just what is new of these tokens `(batch, length)`.
+
+        transformers takes them for new where the mask is longer by what the cache has read (see `followed_by`). Else
+        it takes them for all that was read and more, and cuts off as many as were read, whatever they are: they must
+        begin with what was read. `slices` is False where it does not cut, in assisted generation.
+        """
+        read, length = self.get_seq_length(), input_ids.shape[1]
+        masked = length if attention_mask is None else attention_mask.shape[1]
+        if not read or masked == read + length:
+            return
+        if slices and masked == length > read and len(input_ids) == len(self.kinds):
+            ids, real = (part if part is None else part[:, :read] for part in (input_ids, attention_mask))
+            text = self.rule.text(ids, real)
+            found = _fingerprint(ids, text.cumsum(-1) - 1, text).to(self.fingerprint.device)
+            if torch.equal(found, self.fingerprint) and text.sum(-1).tolist() == self.text_read.tolist():
+                return
+        raise ValueError(
+            f"the cache has read {read} tokens already, and cannot tell what is new of these {length}: give generate "
+            "the new tokens alone, model.generate(**cache.followed_by(new_tokens))"
+        )
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to read it back with `load` under the same model."""
@@ -445,11 +518,13 @@ class SentinelCache(Cache):
             setattr(self, name, tensors[name])
         of_states = tensors["keys.0"].dtype
         for keys, values in ((tensors[keys], tensors[values]) for keys, values in states):
-            alike = keys.shape == values.shape and keys.dtype == values.dtype == of_states
-            if not alike or not of_states.is_floating_point or keys.dim() != 4:
-                raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)}, values {tuple(values.shape)}")
-            if (keys.shape[0], keys.shape[2]) != (batch, slots) or 0 in (keys.shape[1], keys.shape[3]):
-                raise ValueError(f"keys have shape {tuple(keys.shape)} for {batch} rows of {slots} slots")
+            if keys.dtype != of_states or values.dtype != of_states or not of_states.is_floating_point:
+                raise ValueError(f"keys are {keys.dtype}, values {values.dtype}, others {of_states}")
+            for part in (keys, values):  # latent attention has values of another width
+                if part.dim() != 4 or part.shape[::2] != (batch, slots) or 0 in part.shape[1::2]:
+                    raise ValueError(f"keys or values of {tuple(part.shape)} for {batch} rows of {slots} slots")
+            if keys.shape[1] != values.shape[1]:
+                raise ValueError(f"keys have {keys.shape[1]} heads, values {values.shape[1]}")
             layer = SentinelLayer()
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
@@ -489,6 +564,12 @@ def _reordered(tokens: Tokens, order: Tensor) -> Tokens:
     return Tokens(*(part.gather(-1, order) for part in tokens[:4]), tokens.bound)
 
 
+def _fingerprint(input_ids: Tensor, positions: Tensor, text: Tensor) -> Tensor:
+    """A number for the text tokens at these positions, long `(batch,)`: those of pieces add up to the whole text's."""
+    mixed = (input_ids + 1) * 0x1E3779B97F4A7C15 ^ (positions + 1) * 0x3F58476D1CE4E5B9
+    return ((mixed ^ (mixed >> 29)) * 0x14D049BB133111EB * text).sum(-1)
+
+
 def own_key(new: int, slots: int, device) -> Tensor:
     """Every new token's own key: bool `(new, slots)`."""
     index = torch.arange(slots, device=device)
@@ -503,6 +584,22 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def causal_lm_of(model: nn.Module) -> nn.Module:
     """The causal language model itself: what a peft model wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which token ids belong: the one where the input embedding is computed.
+
+    accelerate's hooks say so for a model that is offloaded or spread over devices (`device_map`): its weights may lie
+    on "meta" until they are needed.
+    """
+    embedding = causal_lm_of(model).get_input_embeddings()
+    for module in embedding.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    parameters = (*embedding.parameters(), *model.parameters())
+    return next((each.device for each in parameters if not each.is_meta), parameters[0].device)
 
 
 @dataclass(frozen=True)

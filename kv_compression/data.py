@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from kv_compression.spans import exact_spans, most_removable, paper_spans, wides
 from kv_compression.strategic import cheapest_spans, fixed_spans
 from kv_compression.tensor_files import digest
 
+if TYPE_CHECKING:
+    import datasets  # else where it is used: it takes a second, and the library does without
+
 SPAN_SAMPLERS = ("random", "fixed", "self_information")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
@@ -37,8 +40,10 @@ TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins
 BLANKS = re.compile(r"\s*")
 
 
-def load_file(path: str, split: str) -> datasets.Dataset:
+def load_file(path: str, split: str) -> "datasets.Dataset":
     """The rows of the local file that --<split>_file names, as `read_texts` reads it."""
+    import datasets
+
     features = datasets.Features({"text": datasets.Value("large_string")})
     return datasets.Dataset.from_dict({"text": read_texts(path, f"{split}_file")}, features)
 
@@ -104,8 +109,10 @@ def _lines(text: str) -> list[dict]:
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".txt": _lines, ".csv": _csv_rows}
 
 
-def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:
+def load_hub_split(name: str, config: str | None, split: str) -> "datasets.Dataset | None":
     """One split of a dataset on the Hugging Face hub, or in a local folder, None if it has no such split."""
+    import datasets
+
     if not Path(name).exists():
         check_hub(name, "dataset", f"{OFFLINE} with --train_file and --test_file")
     try:
@@ -119,6 +126,8 @@ def load_hub_split(name: str, config: str | None, split: str) -> datasets.Datase
 
 def stream_c4(seed: int) -> Iterator[str]:
     """The English validation documents of C4, streamed from the Hugging Face hub in an order fixed by the seed."""
+    import datasets
+
     check_hub("allenai/c4", "dataset", "local documents with --docs_file")
     try:
         rows = datasets.load_dataset("allenai/c4", "en", split="validation", streaming=True)
@@ -130,7 +139,7 @@ def stream_c4(seed: int) -> Iterator[str]:
         ) from error
 
 
-def with_text(rows: datasets.Dataset, source: str) -> datasets.Dataset:
+def with_text(rows: "datasets.Dataset", source: str) -> "datasets.Dataset":
     """`rows` with its column "text" alone, without missing values; UsageError if there is no such text."""
     _check_columns(rows.column_names, source)
     rows = rows.select_columns("text").filter(_present, batched=True)
@@ -216,7 +225,7 @@ class SpanPlan:
 
 
 def tokenize(
-    rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
+    rows: "datasets.Dataset", tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
 ) -> dict[str, Tensor]:
     """All rows as one stream of tokens, kept on disk for the next run.
 
@@ -227,6 +236,8 @@ def tokenize(
     plan = plan if plan and plan.compress else None
 
     def compute() -> dict[str, Tensor]:
+        import datasets
+
         features = {"input_ids": datasets.List(datasets.Value("int64"))}
         if unit != "token":
             features["unit_starts"] = datasets.List(datasets.Value("bool"))

@@ -1,6 +1,5 @@
 """One run of claim 1, from settings to results.json: load, attach, evaluate, fine-tune, evaluate, save."""
 
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -12,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import IO
 
 import accelerate
+import filelock
 import huggingface_hub
 import peft
 import torch
@@ -269,28 +268,28 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            with lock:
-                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                    shutil.rmtree(folder, ignore_errors=True)
+            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
-def _lock(folder: Path) -> IO:
-    """An open file that no other process can lock; RunError as in `only_run_in`."""
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    """A lock that no other process can have; RunError as in `only_run_in`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        (folder / LOCK).touch()
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        lock.acquire()
+    except filelock.Timeout as error:
         raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
     except OSError as error:  # some network file systems have no locks
         log.warning(
             "%s cannot be locked (%s): see to it that no other run works there", folder, error.strerror or error
         )
-    return file
+    return lock
 
 
 def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from kv_compression.cache import Budget, SentinelCache
+from kv_compression.cache import Budget, SentinelCache, input_device
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
 from kv_compression.information import unit_starts
@@ -78,6 +78,15 @@ def documents_digest(documents: Iterable[Document]) -> str:
     return hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
 
 
+def as_batch(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of token ids as a batch `(rows, longest)` padded on the right, and its attention mask if any is padded."""
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    return input_ids.to(device), None if bool(real.all()) else real.to(device)
+
+
 @torch.no_grad()
 def prefill(
     model: nn.Module, input_ids: Tensor, cache: SentinelCache, attention_mask: Tensor | None = None, chunk: int = 128
@@ -99,7 +108,7 @@ def prefill(
             input_ids=input_ids[:, start : start + chunk],
             attention_mask=None if attention_mask is None else real[:, start : start + chunk],
             past_key_values=cache,
-            logits_to_keep=torch.tensor(wanted, device=input_ids.device),
+            logits_to_keep=torch.tensor(wanted),
         ).logits
         for row, position in ending.items():
             found[row] = logits[row, wanted.index(position)]
@@ -174,14 +183,10 @@ def continue_documents(
     prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
     """
     start = time.perf_counter()
-    device = next(model.parameters()).device
-    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    real = torch.zeros_like(input_ids)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    device = input_device(model)
     cache = SentinelCache(rule=rule)
-    padding = None if bool(real.all()) else real.to(device)
-    logits = prefill(model, input_ids.to(device), cache, padding, sampler.chunk)
+    input_ids, padding = as_batch(rows, device)
+    logits = prefill(model, input_ids, cache, padding, sampler.chunk)
     lengths, slot_bytes = cache.lengths.tolist(), cache.bytes / (len(rows) * cache.slots)
 
     cache.batch_repeat_interleave(sampler.continuations)
@@ -226,8 +231,8 @@ def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> 
                 break
             if len(left) < len(active):
                 active = [active[number] for number in left]
-                cache.batch_select_indices(torch.tensor(left, device=logits.device))
-        newest = torch.tensor([[rows[row][-1]] for row in active], device=logits.device)
+                cache.batch_select_indices(torch.tensor(left))
+        newest = torch.tensor([[rows[row][-1]] for row in active], device=input_device(model))
         logits = model(input_ids=newest, past_key_values=cache).logits[:, -1]
         if budget is not None:
             budget.enforce(cache)

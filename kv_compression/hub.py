@@ -45,6 +45,14 @@ def fetch(repository: str, name: str, revision: str | None = None) -> Path:
         raise RunError(f"there is no {name} of {repository} on the Hugging Face hub ({one_line(error)})") from error
 
 
+def snapshot(repository: str, revision: str | None = None) -> str:
+    """The folder with what `SHARED` names of a model's repository. RunError if the hub cannot be reached."""
+    try:
+        return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(SHARED))
+    except Exception as error:
+        raise RunError(f"{repository} cannot be had from the Hugging Face hub ({one_line(error)})") from error
+
+
 def destination(asked: str, folder: Path) -> str:
     """The repository that `folder` goes to, as owner/name: the one `asked` for, or the user's own of that name.
 

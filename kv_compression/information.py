@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kv_compression.cache import input_device
 from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import UsageError, one_line
 from kv_compression.loss import TokenLosses
@@ -35,7 +36,7 @@ def self_information(model, tokens: Tensor, batch_size: int = 8) -> Tensor:
     information = torch.zeros(tokens.shape)
     training = model.training
     token_losses = TokenLosses(model).eval()
-    device = next(model.parameters()).device
+    device = input_device(model)
     try:
         for start in tqdm(range(0, len(tokens), batch_size), desc="scoring self-information", leave=False):
             input_ids = tokens[start : start + batch_size].to(device)

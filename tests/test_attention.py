@@ -307,3 +307,11 @@ def test_a_patch_is_in_effect_in_a_model_that_was_compiled_before(compile_it):
         with compressed_attention(model, CL, CR):
             torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "grouped"])
+def test_values_may_be_narrower_than_keys(implementation):
+    expected = random_model("deepseek_v2", "eager")
+    found = random_model("deepseek_v2", implementation)
+    with torch.no_grad(), compressed_attention(expected, CL, CR), compressed_attention(found, CL, CR):
+        torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-5)

@@ -392,6 +392,36 @@ def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
 
 
 @torch.no_grad()
+def test_values_narrower_than_keys_are_saved_and_read_back(tmp_path):
+    model, path = random_model("deepseek_v2", "sdpa", torch.float64), tmp_path / "cache"
+    ids, real = padded([span_layout(20, 8), span_layout(31, 9)])
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, ids, KV, [10] * 99, real)
+        assert cache.layers[0].keys.shape[3] != cache.layers[0].values.shape[3]
+        cache.save(path)
+        loaded, more = SentinelCache.load(path), torch.tensor([[5, 6], [7, 8]])
+        assert loaded.lengths.tolist() == cache.lengths.tolist()
+        assert torch.equal(model(more, past_key_values=loaded).logits, model(more, past_key_values=cache).logits)
+
+    tensors, note = read_tensors(path)
+    keys, values = tensors["keys.1"], tensors["values.1"]
+    for change, words in (
+        ({"values.1": values[:1]}, "rows of"),
+        ({"values.1": values[:, :, 1:]}, "slots"),
+        ({"values.1": values.repeat(1, 2, 1, 1)}, "keys have 1 heads, values 2"),
+        ({"values.1": values.float()}, "torch.float32"),
+        ({"values.1": values[..., :0]}, "keys or values of"),
+        ({"keys.1": keys[0]}, "keys or values of"),
+    ):
+        write_tensors(path, tensors | {name: part.contiguous() for name, part in change.items()}, note)
+        with pytest.raises(RunError, match=words):
+            SentinelCache.load(path)
+    write_tensors(path, tensors | {"values.1": values[..., 1:].contiguous()}, note)
+    with compressed_attention(model, rule=KV), pytest.raises(UsageError, match="the cache does not hold keys"):
+        model(more, past_key_values=SentinelCache.load(path))
+
+
+@torch.no_grad()
 def test_a_cache_of_another_model_is_refused(tmp_path):
     ids, path = torch.tensor([span_layout(20, 8)]), tmp_path / "cache"
     model = MODELS["gpt_neox", torch.float32]

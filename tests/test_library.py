@@ -130,7 +130,7 @@ def test_the_example_of_the_package_runs(runs, tmp_path, monkeypatch):
     cache = names["cache"]
     assert cache.logical_length == len(read)
     assert cache.length == len(read) - round(0.9 * len(read))
-    assert names["output"].shape[1] == names["question"].shape[1] + 20
+    assert names["output"].shape[1] == names["question"]["input_ids"].shape[1] + 20
 
 
 @pytest.mark.parametrize("name", ["kv", "options", "sinks", "scattered"])
@@ -271,6 +271,6 @@ def test_damaged_results_are_told(runs, bases, tmp_path, change):
 def test_the_package_is_light_until_it_is_used():
     program = "import sys, kv_compression as kvc\nprint('torch' in sys.modules, sorted({*kvc.__all__} & {*dir(kvc)}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "False ['Budget', 'SentinelCache', 'attach', 'compress']"
+    assert done.stdout.strip() == "False ['Budget', 'SentinelCache', 'attach', 'compress', 'load']"
     with pytest.raises(AttributeError, match="no_such_name"):
         kvc.no_such_name  # noqa: B018
