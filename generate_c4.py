@@ -126,10 +126,8 @@ def main() -> None:
         inform = None
         if plan.compress and plan.sampler == "self_information":
             inform = information.informant(experiment.load_model(settings)[1].to(state.device))
-        return [
-            generation.prefix_ids(document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform)
-            for document in documents
-        ]
+        how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
+        return [generation.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
     prefixes = processes.divided(read_prefixes, documents)

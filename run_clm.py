@@ -29,6 +29,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--recipe", choices=["paper", "best"], help="KV compression as published, or with what helps most (paper)")
     add("--span_sampler", choices=["random", "fixed", "self_information"], help="which spans (random)")
     add("--span_unit", choices=["token", "phrase", "sentence"], help="of self_information; needs spaCy (token)")
+    add("--spacy_model", help="that finds phrases and sentences (an installed en_core_web_sm*)")
     add("--sink_tokens", type=int, help="first tokens of a block that stay for all to see (0; sink attention: 4)")
     add("--cr_tokens", type=int, help="<CR> a span (1)")
     add("--cr_visibility", choices=["span", "context"], help="what <CR> sees besides its own span (span)")

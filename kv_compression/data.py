@@ -24,7 +24,7 @@ from torch import Tensor
 from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.hub import check_hub
-from kv_compression.information import unit_starts
+from kv_compression.information import find_spacy_model, installed_spacy, unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
 from kv_compression.spans import exact_spans, most_removable, paper_spans, widest_window
 from kv_compression.strategic import cheapest_spans, fixed_spans
@@ -216,15 +216,22 @@ class SpanPlan:
 
 
 def tokenize(
-    rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
+    rows: datasets.Dataset,
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    num_workers: int | None,
+    unit: str = "token",
+    spacy_model: str | None = None,
 ) -> dict[str, Tensor]:
     """All rows as one stream of tokens, kept on disk for the next run.
 
     Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of.
-    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins. With a `plan` that
-    compresses, sentinels stand in the text as words (protocol `paper`).
+    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by `spacy_model`. With a
+    `plan` that compresses, sentinels stand in the text as words (protocol `paper`).
     """
     plan = plan if plan and plan.compress else None
+    spacy_model = find_spacy_model(unit, spacy_model)
 
     def compute() -> dict[str, Tensor]:
         features = {"input_ids": datasets.List(datasets.Value("int64"))}
@@ -234,7 +241,13 @@ def tokenize(
             _tokenize_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "split": split, "plan": plan, "unit": unit},
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "split": split,
+                "plan": plan,
+                "unit": unit,
+                "spacy_model": spacy_model,
+            },
             features=datasets.Features(features),
             remove_columns=rows.column_names,
             num_proc=num_workers if num_workers and num_workers > 1 else None,
@@ -256,6 +269,9 @@ def tokenize(
         "unit": unit,
         "numbering": 2,  # the version of `document_numbers`
     }
+    if unit != "token":
+        versions = installed_spacy()
+        key["spacy"] = {name: versions[name] for name in ("spacy", spacy_model)}
     return cached_tensors("tokens", key, compute)
 
 
@@ -276,7 +292,15 @@ def document_numbers(texts: Sequence[str]) -> list[int]:
     return list(range(len(texts)))
 
 
-def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan: SpanPlan | None, unit: str) -> dict:
+def _tokenize_batch(
+    batch: dict,
+    indices: list[int],
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    unit: str,
+    spacy_model: str | None,
+) -> dict:
     texts = batch["text"]
     for index, text in zip(indices, texts):
         if CL_TOKEN in text or CR_TOKEN in text:
@@ -289,7 +313,7 @@ def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan
     if unit == "token":
         return {"input_ids": tokenizer(texts)["input_ids"]}
     encoded = tokenizer(texts, return_offsets_mapping=True)
-    starts = unit_starts(texts, encoded["offset_mapping"], unit)
+    starts = unit_starts(texts, encoded["offset_mapping"], unit, spacy_model)
     return {"input_ids": encoded["input_ids"], "unit_starts": starts}
 
 

@@ -129,12 +129,13 @@ def prefix_ids(
     plan: SpanPlan,
     protocol: str,
     unit: str = "token",
+    spacy_model: str | None = None,
     inform: Informant | None = None,
 ) -> list[int]:
     """The prefix as token ids, its spans between sentinels where the method compresses.
 
     Under `matched` spans are drawn as `plan` says, under `paper` the published sampler works on words. A sampler by
-    self-information asks `inform`, and takes whole units.
+    self-information asks `inform`, and takes whole units (by `spacy_model`).
     """
     if CL_TOKEN in document.prefix or CR_TOKEN in document.prefix:
         raise UsageError(f"document {document.index} holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
@@ -149,7 +150,7 @@ def prefix_ids(
         information = inform(tokens)
         if unit != "token":
             offsets = tokenizer(document.prefix, return_offsets_mapping=True)["offset_mapping"]
-            starts = unit_starts([document.prefix], [offsets], unit)[0]
+            starts = unit_starts([document.prefix], [offsets], unit, spacy_model)[0]
     try:
         spans = plan.spans(len(tokens), rng, information, starts)
     except ValueError as error:

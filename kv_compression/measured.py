@@ -40,6 +40,7 @@ VARIANTS = {
     "sentinel_learning_rate": (None, "sentinel learning rate {}"),
     "span_sampler": ("random", "{} sampler"),
     "span_unit": ("token", "by {}"),
+    "spacy_model": (None, "{}"),
     "max_span_length": (25, "spans to {}"),
     "fixed_spans": (False, "spans drawn {}"),
     "eval_only": (False, UNTUNED),

@@ -36,8 +36,8 @@ WEIGHED = {
     "published sampler was asked for.",
     "matched": "Protocol `matched`: every target token weighs the same, and text and targets are every method's.",
 }
-OPTIONS = ("recipe", "span_sampler", "span_unit", "max_span_length", "sink_tokens", "recent_tokens", "cr_tokens")
-OPTIONS += ("cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
+OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
+OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
 OPTIONS += ("position_ids_by_document",)
 
 TEMPLATE = """---

@@ -24,7 +24,7 @@ from kv_compression import processes
 from kv_compression.data import SPAN_SAMPLERS, SpanPlan
 from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
-from kv_compression.information import UNITS
+from kv_compression.information import UNITS, find_spacy_model
 from kv_compression.spans import entries_to_remove, widest_window
 from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_ratio
 from kv_compression.whole_files import file_name
@@ -57,6 +57,7 @@ class Settings:
     max_span_length: int = 25
     span_sampler: str = "random"
     span_unit: str = "token"
+    spacy_model: str | None = None
     recipe: str = "paper"
     sink_tokens: int = 0
     cr_tokens: int = 1
@@ -167,6 +168,8 @@ class Settings:
                     raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
+        if self.spacy_model is not None and self.span_unit == "token":
+            raise UsageError("--spacy_model needs --span_unit phrase or sentence")
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
@@ -247,6 +250,7 @@ OF_KV_COMPRESSION = (
     "recipe",
     "span_sampler",
     "span_unit",
+    "spacy_model",
     "sink_tokens",
     "cr_tokens",
     "cr_visibility",
@@ -342,6 +346,7 @@ def resolve(explicit: dict) -> Settings:
     assert not unknown, unknown
     settings = Settings(**chosen)
     settings.check()
+    settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.recipe == "best" and settings.method == "kv_compression":
         settings = best_recipe(settings, given)
         settings.check()

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data
+from kv_compression import data, information
 from kv_compression.errors import RunError, UsageError
 from kv_compression.sentinels import add_sentinels
 from tests import slow_rules
@@ -186,6 +186,30 @@ def test_a_text_is_tokenized_once(tokenizer, monkeypatch):
     assert all(torch.equal(first[name], again[name]) for name in first)
     with pytest.raises(TypeError):  # other spans, other tokens
         data.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
+
+
+def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
+    versions = {"spacy": "3.8.0", "en_core_web_sm": "3.8.0", "en_core_web_sm_other": "3.8.0"}
+    asked = []
+
+    def every_token(texts, offsets, unit, spacy_model):
+        asked.append(spacy_model)
+        return [[True] * len(own) for own in offsets]
+
+    monkeypatch.setattr(information, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "unit_starts", every_token)
+
+    def tokenize(model):
+        rows = rows_of(sentences(5, seed=78))
+        return data.tokenize(rows, tokenizer, "train", None, None, "phrase", model)["unit_starts"]
+
+    assert all(tokenize(None)) and all(tokenize("en_core_web_sm"))
+    assert asked == ["en_core_web_sm"]
+    tokenize("en_core_web_sm_other")
+    versions["en_core_web_sm"] = "3.9.0"
+    tokenize("en_core_web_sm")
+    assert asked == ["en_core_web_sm", "en_core_web_sm_other", "en_core_web_sm"]
 
 
 WIKITEXT = ["", " = Anaximander = \n", " He lived . \n", " = = Life = = \n", " In Miletus . \n", " = X = \n", " Y . \n"]
