@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import is_count
+from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.visibility import (
     CL,
@@ -504,9 +505,10 @@ def causal_lm_of(model: nn.Module) -> nn.Module:
 class Budget:
     """Keeps a cache small while text is generated: call `enforce` after every forward pass.
 
-    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest
-    run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the budget or
-    has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be removed.
+    A row that holds more than `max_length` keys, or more than n − round(`ratio` · n) after n text tokens, has its
+    oldest run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the
+    budget or has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be
+    removed.
     `max_length` is kept always: where folding is not enough the oldest keys are dropped, and memory is bounded however
     much is generated. (This project.)
 
@@ -535,7 +537,7 @@ class Budget:
 
     def allowed(self, text_read: int) -> int:
         """Keys that a row may hold when it has read so much text."""
-        by_ratio = text_read if self.ratio is None else int((1 - self.ratio) * text_read)
+        by_ratio = text_read - (0 if self.ratio is None else share_to_remove(text_read, self.ratio))
         return by_ratio if self.max_length is None else min(by_ratio, self.max_length)
 
     def enforce(self, cache: SentinelCache, model: nn.Module | None = None) -> None:

@@ -401,7 +401,7 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
     blocks, information = {}, {}
     for split, texts in rows.items():
         how = (in_text, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model)
-        stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
+        stream = processes.one_first(tokenize, texts, tokenizer, split, *how, settings.documents)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}

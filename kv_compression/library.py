@@ -20,7 +20,7 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.generation import prefill
 from kv_compression.hub import fetch
 from kv_compression.results import RESULTS, read_results
-from kv_compression.sentinels import add_sentinels, insert_sentinels, make_room, start_at_mean
+from kv_compression.sentinels import add_sentinels, insert_sentinels, make_room, start_at_mean, unended
 from kv_compression.spans import entries_to_remove, exact_spans, widest_window
 from kv_compression.visibility import METHODS, KVCompression, Rule
 
@@ -161,7 +161,7 @@ def compress(
     if patched is None:
         raise ValueError("the model has no rule to compress by: attach(model, …) first")
     rule = patched.rule
-    ids = mark(tokenizer(text)["input_ids"], rule, ratio, max_span_length, seed)
+    ids = mark(unended(tokenizer, text), rule, ratio, max_span_length, seed)
     cache = SentinelCache(rule=rule)
     prefill(model, torch.tensor([ids], device=next(model.parameters()).device), cache, chunk=chunk)
     return cache

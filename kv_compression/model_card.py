@@ -38,7 +38,7 @@ WEIGHED = {
 }
 OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
 OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
-OPTIONS += ("position_ids_by_document",)
+OPTIONS += ("position_ids_by_document", "documents")
 
 TEMPLATE = """---
 {metadata}

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from kv_compression import processes
-from kv_compression.data import SPAN_SAMPLERS, SpanPlan
+from kv_compression.data import DOCUMENTS, SPAN_SAMPLERS, SpanPlan
 from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
 from kv_compression.information import UNITS, find_spacy_model
@@ -67,6 +67,7 @@ class Settings:
     sentinel_learning_rate: float | None = None
     isolate_documents: bool = False
     position_ids_by_document: bool = False
+    documents: str = "auto"
     fixed_spans: bool = False
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
@@ -170,6 +171,8 @@ class Settings:
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
         if self.spacy_model is not None and self.span_unit == "token":
             raise UsageError("--spacy_model needs --span_unit phrase or sentence")
+        if self.documents != "auto" and not (self.isolate_documents or self.position_ids_by_document):
+            raise UsageError(f"--documents {self.documents} needs --isolate_documents or --position_ids_by_document")
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
@@ -263,6 +266,7 @@ _CHOICES = {
     "span_unit": UNITS,
     "cr_visibility": CR_VISIBILITIES,
     "recipe": ("paper", "best"),
+    "documents": DOCUMENTS,
 }
 
 BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
@@ -427,12 +431,21 @@ def embedded_revision() -> str:
         return f"{GGUF_PACKAGE} {GGUF_VERSION}"
 
 
+# How texts become scores. Scores that were made otherwise are made again, and compare with no others.
+CONVENTION = "stripped texts, Unicode words"
+
+
 class ScorerModels(NamedTuple):
-    """The models that continuations are scored with; `layers` of the encoder, None where bert-score knows it."""
+    """The models that continuations are scored with; the encoder's `layer` is None where bert-score knows the best."""
 
     bertscore: str
-    layers: int | None
+    layer: int | None
     fluency: str
+
+    def record(self) -> dict:
+        """What scores are made with, as scores.json holds it."""
+        models = {"bertscore_model": self.bertscore, "bertscore_layer": self.layer, "fluency_model": self.fluency}
+        return models | {"convention": CONVENTION}
 
 
 SCORERS = {
@@ -441,11 +454,13 @@ SCORERS = {
 }
 
 
-def scorers(preset: str, bertscore: str | None, fluency: str | None) -> ScorerModels:
-    """A preset's scorers, with the models that are named in their place."""
+def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int | None = None) -> ScorerModels:
+    """A preset's scorers, with the models, or the encoder's `layer`, that are named in their place."""
     chosen = SCORERS.get(preset, SCORERS["embedded"])
     if bertscore:
-        chosen = chosen._replace(bertscore=bertscore, layers=None)
+        chosen = chosen._replace(bertscore=bertscore, layer=None)
+    if layer is not None:
+        chosen = chosen._replace(layer=layer)
     return chosen._replace(fluency=fluency) if fluency else chosen
 
 
@@ -468,4 +483,4 @@ def load_scorers(models: ScorerModels) -> tuple:
     device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
     language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
-    return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)
+    return scoring.BertScorer(encoder, models.layer, device), scoring.Fluency(language_model, device)
