@@ -309,7 +309,7 @@ def _tokenize_batch(
     split: str,
     plan: SpanPlan | None,
     unit: str,
-    spacy_model: str | None,
+    spacy_model: str | None = None,
 ) -> dict:
     texts = batch["text"]
     for index, text in zip(indices, texts):

@@ -81,7 +81,8 @@ def usable_positions(encoder: torch.nn.Module) -> int:
 
     RoBERTa and its kin count positions from behind the padding's: they have fewer than their configuration says.
     """
-    positions = getattr(encoder.config, "max_position_embeddings", None) or 512
+    positions = getattr(encoder.config, "max_position_embeddings", None) or -1
+    positions = positions if positions > 0 else 512  # XLNet's says -1
     for name, module in encoder.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data, information
+from kv_compression import data, information, presets
 from kv_compression.errors import RunError, UsageError
 from kv_compression.sentinels import add_sentinels
 from tests import slow_rules
@@ -219,6 +219,23 @@ def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
     assert data.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
     assert data.document_numbers([" = X = \n", "a"]) == [0, 0]
     assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
+
+
+def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
+    assert data.document_numbers(WIKITEXT, "articles") == data.document_numbers(WIKITEXT)
+    assert data.document_numbers(WIKITEXT, "rows") == list(range(len(WIKITEXT)))
+    assert data.document_numbers(["a", "b"], "rows") == data.document_numbers(["a", "b"])
+    with pytest.raises(UsageError, match="--documents articles: the test split has no title line"):
+        data.document_numbers(["a", "b"], "articles", "test")
+
+    def numbers(documents):
+        how = ("train", None, None, "token", None, documents)
+        return data.tokenize(rows_of(WIKITEXT), tokenizer, *how)["documents"].unique().tolist()
+
+    filled = [number for number, text in enumerate(WIKITEXT) if text]
+    assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
+    identities = [presets.Settings(isolate_documents=True, documents=name).identity() for name in data.DOCUMENTS]
+    assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
 
 def test_a_title_stands_between_blank_rows():
