@@ -241,7 +241,7 @@ def use(results: dict, name: str) -> list[str]:
         "tokenizer = AutoTokenizer.from_pretrained(run)",
         "",
         f"cache = kvc.compress(model, tokenizer, text{ratio})  # a text of yours",
-        'question = tokenizer(" So what", return_tensors="pt")["input_ids"]',
+        'question = tokenizer(" So what", add_special_tokens=False, return_tensors="pt")["input_ids"]',
         "output = model.generate(**cache.followed_by(question), max_new_tokens=64)",
         'cache.save("prefix.safetensors")  # kvc.SentinelCache.load(…) reads it back',
     ]
