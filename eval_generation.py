@@ -31,6 +31,7 @@ def parse():
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="*", default=["output"], help="generation files, or folders to search (output)")
     parser.add_argument("--bertscore_model", help="(paper: roberta-large; embedded: all-MiniLM-L6-v2)")
+    parser.add_argument("--bertscore_layer", type=int, help="of that model's layers (bert-score's choice; embedded: 6)")
     parser.add_argument("--fluency_model", help="(paper: EleutherAI/pythia-1b; embedded: SmolLM2-135M)")
     parser.add_argument("--csv", help="where the table goes as CSV (scores.csv in the first folder)")
     parser.add_argument("--overwrite", action="store_true", help="score files again that are scored already")
@@ -89,9 +90,10 @@ def look_up(path: Path, flags) -> tuple:
     from kv_compression import presets, records
 
     about = records.read_about(path) or {}
-    models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
+    named = (flags.bertscore_model, flags.fluency_model, flags.bertscore_layer)
+    models = presets.scorers(about.get("preset", "embedded"), *named)
     digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
-    made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
+    made_from = {"file_sha256": digest} | models.record()
     scores = None if flags.overwrite else read_scores(scores_path(path))
     if scores is not None and any(scores.get(name) != value for name, value in made_from.items()):
         scores = None
@@ -185,7 +187,7 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
         for path, scores in scored.items()
     }
     for (path, one), (other_path, other) in itertools.combinations(scored.items(), 2):
-        same = ["documents_sha256", "bertscore_model", "fluency_model"]
+        same = ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model"]
         methods = [scores.get("method") for scores in (one, other)]
         if "full_attention" not in methods:
             same.append("bound_ratio")

@@ -70,7 +70,7 @@ def main() -> None:
 
     from kv_compression import experiment, generation, information, presets, processes, records
     from kv_compression.attention import compressed_attention
-    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
+    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, unended
     from kv_compression.visibility import METHODS
     from kv_compression.whole_files import file_name
 
@@ -99,9 +99,13 @@ def main() -> None:
     )
 
     documents = processes.on_main(pick, flags, trained.preset)
+    few = f" of the {flags.num_documents} asked for" if len(documents) < flags.num_documents else ""
+    if few and state.is_main_process:
+        words = flags.prefix_words + flags.continuation_words
+        print(f"warning: {len(documents)} documents{few} were found: no others have {words} words", file=sys.stderr)
     if method.uses_sentinels and settings.protocol == "matched" and asked:
         # A window that fits a training block may leave a shorter prefix no room for spans.
-        lengths = [len(tokenizer(document.prefix)["input_ids"]) for document in documents]
+        lengths = [len(unended(tokenizer, document.prefix)) for document in documents]
         window = min(map(settings.span_plan().window, lengths))
         settings = replace(settings, recent_tokens=min(settings.recent_tokens, window))
     rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
@@ -119,6 +123,7 @@ def main() -> None:
         "documents_sha256": generation.documents_digest(documents),
         "prefix_words": flags.prefix_words,
         **asdict(sampler),
+        **({"documents_asked": flags.num_documents} if few else {}),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
 
@@ -126,10 +131,8 @@ def main() -> None:
         inform = None
         if plan.compress and plan.sampler == "self_information":
             inform = information.informant(experiment.load_model(settings)[1].to(state.device))
-        return [
-            generation.prefix_ids(document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform)
-            for document in documents
-        ]
+        how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
+        return [generation.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
     prefixes = processes.divided(read_prefixes, documents)
@@ -161,8 +164,8 @@ def main() -> None:
     if state.is_main_process:
         held = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(records.read(path)[0])]
         print(
-            f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, "
-            f"in {path}; the cache held {sum(held) / len(held):.3f} keys a prefix token"
+            f"{method.name} at ratio {asked}: {len(documents)} documents{few}, {sampler.continuations} continuations "
+            f"each, in {path}; the cache held {sum(held) / len(held):.3f} keys a prefix token"
         )
     state.destroy_process_group()
 

@@ -21,6 +21,7 @@ from kv_compression.fields import is_count
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
 from kv_compression.methods.rule import NEVER, History, Rule, Tokens, check_ratio, rows_of
+from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kv_compression.SentinelCache 4"
@@ -606,9 +607,10 @@ def input_device(model: nn.Module) -> torch.device:
 class Budget:
     """Keeps a cache small while text is generated: call `enforce` after every forward pass.
 
-    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest
-    run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the budget or
-    has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be removed.
+    A row that holds more than `max_length` keys, or more than n − round(`ratio` · n) after n text tokens, has its
+    oldest run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the
+    budget or has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be
+    removed.
     `max_length` is kept always: where folding is not enough the oldest keys are dropped, and memory is bounded however
     much is generated. (This project.)
 
@@ -637,7 +639,7 @@ class Budget:
 
     def allowed(self, text_read: int) -> int:
         """Keys that a row may hold when it has read so much text."""
-        by_ratio = text_read if self.ratio is None else int((1 - self.ratio) * text_read)
+        by_ratio = text_read - (0 if self.ratio is None else share_to_remove(text_read, self.ratio))
         return by_ratio if self.max_length is None else min(by_ratio, self.max_length)
 
     def enforce(self, cache: SentinelCache, model: nn.Module | None = None) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.hub import check_hub
-from kv_compression.information import unit_starts
+from kv_compression.information import find_spacy_model, installed_spacy, unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
-from kv_compression.spans import exact_spans, most_removable, paper_spans, widest_window
+from kv_compression.spans import exact_spans, most_removable, paper_spans, share_to_remove, widest_window
 from kv_compression.strategic import cheapest_spans, fixed_spans
 from kv_compression.tensor_files import digest
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import datasets  # else where it is used: it takes a second, and the library does without
 
 SPAN_SAMPLERS = ("random", "fixed", "self_information")
+DOCUMENTS = ("auto", "rows", "articles")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
@@ -205,7 +206,7 @@ class SpanPlan:
             if last > first:
                 regions.append((first, last))
         bound = [most_removable(last - first, self.max_span_length, self.cr_tokens) for first, last in regions]
-        to_remove = round(self.ratio * num_tokens)
+        to_remove = share_to_remove(num_tokens, self.ratio)
         if to_remove > sum(bound):
             raise ValueError(
                 f"ratio {self.ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most "
@@ -225,15 +226,25 @@ class SpanPlan:
 
 
 def tokenize(
-    rows: "datasets.Dataset", tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
+    rows: "datasets.Dataset",
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    num_workers: int | None,
+    unit: str = "token",
+    spacy_model: str | None = None,
+    documents: str = "auto",
 ) -> dict[str, Tensor]:
     """All rows as one stream of tokens, kept on disk for the next run.
 
-    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of.
-    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins. With a `plan` that
-    compresses, sentinels stand in the text as words (protocol `paper`).
+    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of
+    (by `document_numbers`). UsageError if the texts have no such `documents`.
+    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by `spacy_model`. With a
+    `plan` that compresses, sentinels stand in the text as words (protocol `paper`).
     """
     plan = plan if plan and plan.compress else None
+    spacy_model = find_spacy_model(unit, spacy_model)
+    numbers = document_numbers(rows["text"], documents, split)
 
     def compute() -> dict[str, Tensor]:
         import datasets
@@ -245,7 +256,13 @@ def tokenize(
             _tokenize_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "split": split, "plan": plan, "unit": unit},
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "split": split,
+                "plan": plan,
+                "unit": unit,
+                "spacy_model": spacy_model,
+            },
             features=datasets.Features(features),
             remove_columns=rows.column_names,
             num_proc=num_workers if num_workers and num_workers > 1 else None,
@@ -254,7 +271,7 @@ def tokenize(
         columns = {name: tokenized.data.column(name).combine_chunks() for name in features}
         stream = {name: torch.tensor(np.array(column.flatten())) for name, column in columns.items()}
         counts = torch.tensor(np.array(columns["input_ids"].value_lengths(), dtype=np.int64))
-        return stream | {"documents": torch.tensor(document_numbers(rows["text"])).repeat_interleave(counts)}
+        return stream | {"documents": torch.tensor(numbers).repeat_interleave(counts)}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -267,16 +284,23 @@ def tokenize(
         "unit": unit,
         "numbering": 2,  # the version of `document_numbers`
     }
+    if unit != "token":
+        versions = installed_spacy()
+        key["spacy"] = {name: versions[name] for name in ("spacy", spacy_model)}
+    if documents != "auto":
+        key["of"] = documents
     return cached_tensors("tokens", key, compute)
 
 
-def document_numbers(texts: Sequence[str]) -> list[int]:
-    """The number, from 0, of the document that each row is of.
+def document_numbers(texts: Sequence[str], documents: str = "auto", split: str = "") -> list[int]:
+    """The number, from 0, of the document that each row is of: "rows" are one each, or lines of WikiText "articles".
 
-    Where rows are lines of WikiText an article is a document, and begins at its title line; else a row is one. A title
-    stands between blank rows, running text that looks like one does not; where no such row has blank neighbours, the
-    blank rows have been left out and all of them count.
+    An article begins at its title line. A title stands between blank rows, running text that looks like one does not;
+    where no such row has blank neighbours, the blank rows have been left out and all of them count. "auto" takes
+    articles where there is a title. UsageError, naming the `split`, if articles are asked for and there is none.
     """
+    if documents == "rows":
+        return list(range(len(texts)))
     titles = np.array([TITLE.fullmatch(text) is not None for text in texts])
     blank = np.array([True, *(not text.strip() for text in texts), True])
     apart = titles & blank[:-2] & blank[2:]
@@ -284,10 +308,20 @@ def document_numbers(texts: Sequence[str]) -> list[int]:
     if titles.any():
         titles[0] = False  # what stands before the first title is a document, if there is anything
         return np.cumsum(titles).tolist()
+    if documents == "articles":
+        raise UsageError(f"--documents articles: the {split} split has no title line of WikiText ( = Title = )")
     return list(range(len(texts)))
 
 
-def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan: SpanPlan | None, unit: str) -> dict:
+def _tokenize_batch(
+    batch: dict,
+    indices: list[int],
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    unit: str,
+    spacy_model: str | None = None,
+) -> dict:
     texts = batch["text"]
     for index, text in zip(indices, texts):
         if CL_TOKEN in text or CR_TOKEN in text:
@@ -297,10 +331,11 @@ def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan
             mark_words(text, plan, np.random.default_rng([plan.seed, SPLITS.index(split), index]))
             for index, text in zip(indices, texts)
         ]
+    # As the published code: with the special tokens that the tokenizer puts around every row, end-of-text too.
     if unit == "token":
         return {"input_ids": tokenizer(texts)["input_ids"]}
     encoded = tokenizer(texts, return_offsets_mapping=True)
-    starts = unit_starts(texts, encoded["offset_mapping"], unit)
+    starts = unit_starts(texts, encoded["offset_mapping"], unit, spacy_model)
     return {"input_ids": encoded["input_ids"], "unit_starts": starts}
 
 

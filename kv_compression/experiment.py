@@ -399,8 +399,8 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
         cl_id, cr_id = add_sentinels(tokenizer, model)
     blocks, information = {}, {}
     for split, texts in rows.items():
-        how = (in_text, settings.preprocessing_num_workers, settings.span_unit)
-        stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
+        how = (in_text, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model)
+        stream = processes.one_first(tokenize, texts, tokenizer, split, *how, settings.documents)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}

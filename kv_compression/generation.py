@@ -6,7 +6,6 @@ depends on the seed and the document's number alone, so an interrupted run conti
 
 import hashlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from kv_compression.cache import Budget, SentinelCache, input_device
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
 from kv_compression.information import unit_starts
-from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels
+from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, unended
 from kv_compression.visibility import Rule
+from kv_compression.words import WORD
 
-# Runs of letters and digits, with apostrophes between letters or digits and points between digits.
-WORD = re.compile(r"[^\W_](?:[^\W_]|['’](?=[^\W_])|(?<=\d)\.(?=\d))*")
 CHECK_EVERY = 8  # steps between looks at whether all continuations have their words
 TOKENS_PER_WORD = 4  # where a continuation without its words is given up: text takes 1.3 or so
 SALT = 0xC4  # keeps generation's spans apart from evaluation's
@@ -138,19 +136,20 @@ def prefix_ids(
     plan: SpanPlan,
     protocol: str,
     unit: str = "token",
+    spacy_model: str | None = None,
     inform: Informant | None = None,
 ) -> list[int]:
     """The prefix as token ids, its spans between sentinels where the method compresses.
 
     Under `matched` spans are drawn as `plan` says, under `paper` the published sampler works on words. A sampler by
-    self-information asks `inform`, and takes whole units.
+    self-information asks `inform`, and takes whole units (by `spacy_model`).
     """
     if CL_TOKEN in document.prefix or CR_TOKEN in document.prefix:
         raise UsageError(f"document {document.index} holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
     rng = np.random.default_rng([plan.seed, SALT, document.index])
     if rule.uses_sentinels and protocol == "paper":
-        return tokenizer(mark_words(document.prefix, plan, rng))["input_ids"]
-    tokens = tokenizer(document.prefix)["input_ids"]
+        return unended(tokenizer, mark_words(document.prefix, plan, rng))
+    tokens = unended(tokenizer, document.prefix)
     if not rule.uses_sentinels:
         return tokens
     information = starts = None
@@ -158,7 +157,7 @@ def prefix_ids(
         information = inform(tokens)
         if unit != "token":
             offsets = tokenizer(document.prefix, return_offsets_mapping=True)["offset_mapping"]
-            starts = unit_starts([document.prefix], [offsets], unit)[0]
+            starts = unit_starts([document.prefix], [offsets[: len(tokens)]], unit, spacy_model)[0]
     try:
         spans = plan.spans(len(tokens), rng, information, starts)
     except ValueError as error:

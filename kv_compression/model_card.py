@@ -36,9 +36,9 @@ WEIGHED = {
     "published sampler was asked for.",
     "matched": "Protocol `matched`: every target token weighs the same, and text and targets are every method's.",
 }
-OPTIONS = ("recipe", "span_sampler", "span_unit", "max_span_length", "sink_tokens", "recent_tokens", "cr_tokens")
-OPTIONS += ("cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
-OPTIONS += ("position_ids_by_document",)
+OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
+OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
+OPTIONS += ("position_ids_by_document", "documents")
 
 TEMPLATE = """---
 {metadata}
@@ -241,7 +241,7 @@ def use(results: dict, name: str) -> list[str]:
         "tokenizer = AutoTokenizer.from_pretrained(run)",
         "",
         f"cache = kvc.compress(model, tokenizer, text{ratio})  # a text of yours",
-        'question = tokenizer(" So what", return_tensors="pt")["input_ids"]',
+        'question = tokenizer(" So what", add_special_tokens=False, return_tensors="pt")["input_ids"]',
         "output = model.generate(**cache.followed_by(question), max_new_tokens=64)",
         'cache.save("prefix.safetensors")  # kvc.SentinelCache.load(…) reads it back',
     ]

@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from kv_compression import processes
-from kv_compression.data import SPAN_SAMPLERS, SpanPlan
+from kv_compression.data import DOCUMENTS, SPAN_SAMPLERS, SpanPlan
 from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
-from kv_compression.information import UNITS
+from kv_compression.information import UNITS, find_spacy_model
 from kv_compression.spans import entries_to_remove, widest_window
 from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_ratio
 from kv_compression.whole_files import file_name
@@ -57,6 +57,7 @@ class Settings:
     max_span_length: int = 25
     span_sampler: str = "random"
     span_unit: str = "token"
+    spacy_model: str | None = None
     recipe: str = "paper"
     sink_tokens: int = 0
     cr_tokens: int = 1
@@ -66,6 +67,7 @@ class Settings:
     sentinel_learning_rate: float | None = None
     isolate_documents: bool = False
     position_ids_by_document: bool = False
+    documents: str = "auto"
     fixed_spans: bool = False
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
@@ -167,6 +169,10 @@ class Settings:
                     raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
+        if self.spacy_model is not None and self.span_unit == "token":
+            raise UsageError("--spacy_model needs --span_unit phrase or sentence")
+        if self.documents != "auto" and not (self.isolate_documents or self.position_ids_by_document):
+            raise UsageError(f"--documents {self.documents} needs --isolate_documents or --position_ids_by_document")
 
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
@@ -247,6 +253,7 @@ OF_KV_COMPRESSION = (
     "recipe",
     "span_sampler",
     "span_unit",
+    "spacy_model",
     "sink_tokens",
     "cr_tokens",
     "cr_visibility",
@@ -259,6 +266,7 @@ _CHOICES = {
     "span_unit": UNITS,
     "cr_visibility": CR_VISIBILITIES,
     "recipe": ("paper", "best"),
+    "documents": DOCUMENTS,
 }
 
 BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
@@ -342,6 +350,7 @@ def resolve(explicit: dict) -> Settings:
     assert not unknown, unknown
     settings = Settings(**chosen)
     settings.check()
+    settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.recipe == "best" and settings.method == "kv_compression":
         settings = best_recipe(settings, given)
         settings.check()
@@ -422,12 +431,21 @@ def embedded_revision() -> str:
         return f"{GGUF_PACKAGE} {GGUF_VERSION}"
 
 
+# How texts become scores. Scores that were made otherwise are made again, and compare with no others.
+CONVENTION = "stripped texts, Unicode words"
+
+
 class ScorerModels(NamedTuple):
-    """The models that continuations are scored with; `layers` of the encoder, None where bert-score knows it."""
+    """The models that continuations are scored with; the encoder's `layer` is None where bert-score knows the best."""
 
     bertscore: str
-    layers: int | None
+    layer: int | None
     fluency: str
+
+    def record(self) -> dict:
+        """What scores are made with, as scores.json holds it."""
+        models = {"bertscore_model": self.bertscore, "bertscore_layer": self.layer, "fluency_model": self.fluency}
+        return models | {"convention": CONVENTION}
 
 
 SCORERS = {
@@ -436,11 +454,13 @@ SCORERS = {
 }
 
 
-def scorers(preset: str, bertscore: str | None, fluency: str | None) -> ScorerModels:
-    """A preset's scorers, with the models that are named in their place."""
+def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int | None = None) -> ScorerModels:
+    """A preset's scorers, with the models, or the encoder's `layer`, that are named in their place."""
     chosen = SCORERS.get(preset, SCORERS["embedded"])
     if bertscore:
-        chosen = chosen._replace(bertscore=bertscore, layers=None)
+        chosen = chosen._replace(bertscore=bertscore, layer=None)
+    if layer is not None:
+        chosen = chosen._replace(layer=layer)
     return chosen._replace(fluency=fluency) if fluency else chosen
 
 
@@ -463,4 +483,4 @@ def load_scorers(models: ScorerModels) -> tuple:
     device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
     language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
-    return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)
+    return scoring.BertScorer(encoder, models.layer, device), scoring.Fluency(language_model, device)

@@ -346,9 +346,11 @@ FOLDS = {
 def _scores_section(report: Report, scores: Sequence[Score], count: int) -> None:
     report.say(f"## Claim 2, set {count} of continuations")
     documents, preset, encoder, language_model = (cell(str(part)) for part in scores[0].made[:4])
+    convention = scores[0].content.get("convention") or "texts with the space before them, words of a to z alone"
     report.say(
-        f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}. Means "
-        "over documents with 95% bootstrap intervals. Cache: keys held when the prefix has been read ÷ its tokens."
+        f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}; "
+        f"{cell(str(convention))}. Means over documents with 95% bootstrap intervals. Cache: keys held when the prefix "
+        "has been read ÷ its tokens."
     )
     report.say(FOLDS[next((way for score in scores if (way := score.compress_generated) is not None), None)])
     ordered = sorted(scores, key=lambda s: (rank(s.method), s.variant, s.protocol, s.ratio, s.seed or 0))

@@ -14,6 +14,19 @@ CR_TOKEN = "<CR>"
 IGNORED = -100  # the target that torch's cross entropy skips
 
 
+def unended(tokenizer, text: str) -> list[int]:
+    """A text's token ids, to be continued: as the tokenizer makes them, without what it puts behind a text.
+
+    A tokenizer may end every text with end-of-text; what it puts before a text stays. (This project.)
+    """
+    ids = tokenizer(text)["input_ids"]
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for first in range(len(ids) - len(plain) + 1):
+        if ids[first : first + len(plain)] == plain:
+            return ids[: first + len(plain)]
+    return plain
+
+
 def is_text(input_ids: Tensor, cl_id: int, cr_id: int) -> Tensor:
     """True where a token is neither <CL> nor <CR>; same shape as `input_ids`."""
     return (input_ids != cl_id) & (input_ids != cr_id)

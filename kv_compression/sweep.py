@@ -196,7 +196,7 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= {"bertscore_model": scorers.bertscore, "fluency_model": scorers.fluency}
+        made_from |= scorers.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
     return Step([sys.executable, str(SCRIPTS / "eval_generation.py"), str(path)], done)

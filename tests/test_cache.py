@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.errors import RunError, UsageError
+from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.visibility import (
     FullAttention,
@@ -516,6 +517,26 @@ def test_a_budget_bounds_the_cache_while_text_is_generated(budget, bound):
             assert cache.length <= bound(11 + step)
     assert cache.logical_length == 90
     assert (cache.positions[0][-1] == 89) or bool((cache.positions[0] == 89).any())
+
+
+@given(st.integers(0, 3000), st.integers(0, 99).flatmap(lambda n: st.sampled_from([n / 100, 1 - (100 - n) / 100])))
+def test_a_budget_allows_what_exact_spans_leave(length, ratio):
+    allowed = Budget(ratio=ratio).allowed(length)
+    assert allowed == length - share_to_remove(length, ratio) == length - round(ratio * length)
+    assert abs(allowed - (1 - ratio) * length) <= 0.5 + 1e-6
+    assert Budget(ratio=ratio, max_length=60).allowed(length) == min(allowed, 60)
+
+
+@pytest.mark.parametrize(("ratio", "length"), [(0.9, 30), (0.8, 15), (1 - 0.1, 30)])
+def test_a_budget_leaves_a_cache_alone_that_holds_its_share(ratio, length):
+    model = MODELS["gpt_neox", torch.float32]
+    removed = share_to_remove(length, ratio)
+    ids = [CL, *[3] * (removed + 1), CR, *[4] * (length - removed - 1)]
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, torch.tensor([ids]), KV, [64])
+        assert cache.length == length - removed
+        Budget(ratio=ratio, span_length=2).enforce(cache)
+    assert cache.length == length - removed
 
 
 def test_the_oldest_keys_are_dropped_wherever_they_lie():

@@ -170,6 +170,44 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     assert capsys.readouterr().out == out
 
 
+def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny_scorers, monkeypatch):
+    assert generate(runs) == 0
+    path = runs / "output" / "kv_compression" / "generation.jsonl"
+    assert run(eval_generation, path) == 0
+    kept = json.loads((path.parent / "scores.json").read_text())
+    assert kept["convention"] == presets.CONVENTION and kept["bertscore_layer"] == 6
+    made, load = [], presets.load_scorers
+    monkeypatch.setattr(presets, "load_scorers", lambda models: made.append(models) or load(models))
+    for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
+        (path.parent / "scores.json").write_text(json.dumps(kept | changes))
+        assert run(eval_generation, path) == 0
+        assert json.loads((path.parent / "scores.json").read_text()) == kept
+    assert len(made) == 3
+    assert run(eval_generation, path, "--bertscore_layer", 5) == 0
+    other = json.loads((path.parent / "scores.json").read_text())
+    assert other["bertscore_layer"] == 5 and other["bertscore"] != kept["bertscore"]
+    assert other["rouge_l"] == kept["rouge_l"]
+    capsys.readouterr()
+    assert run(eval_generation, path, "--bertscore_layer", 7) == 2
+    assert "--bertscore_layer 7: " in capsys.readouterr().err
+    assert json.loads((path.parent / "scores.json").read_text()) == other
+    assert run(eval_generation, path) == 0
+
+
+def test_too_few_documents_are_said(runs, capsys):
+    path = runs / "output" / "kv_compression" / "few.jsonl"
+    assert generate(runs, "kv_compression", "--num_documents", 200, "--output_file", path) == 0
+    captured = capsys.readouterr()
+    said = [line for line in captured.err.splitlines() if "asked for" in line]
+    assert said == ["warning: 8 documents of the 200 asked for were found: no others have 25 words"]
+    assert "8 documents of the 200 asked for, 2 continuations each" in captured.out
+    assert json.loads(path.with_suffix(".about.json").read_text())["documents_asked"] == 200
+    path.unlink()
+    path.with_suffix(".about.json").unlink()
+    assert generate(runs) == 0
+    assert "asked for" not in "".join(capsys.readouterr())
+
+
 def test_nothing_to_score(tmp_path, capsys):
     assert run(eval_generation, tmp_path) == 2
     assert run(eval_generation, tmp_path / "nowhere") == 2

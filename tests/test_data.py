@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data
+from kv_compression import data, information, presets
 from kv_compression.errors import RunError, UsageError
 from kv_compression.sentinels import add_sentinels
 from tests import slow_rules
@@ -188,6 +188,30 @@ def test_a_text_is_tokenized_once(tokenizer, monkeypatch):
         data.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
 
 
+def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
+    versions = {"spacy": "3.8.0", "en_core_web_sm": "3.8.0", "en_core_web_sm_other": "3.8.0"}
+    asked = []
+
+    def every_token(texts, offsets, unit, spacy_model):
+        asked.append(spacy_model)
+        return [[True] * len(own) for own in offsets]
+
+    monkeypatch.setattr(information, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "unit_starts", every_token)
+
+    def tokenize(model):
+        rows = rows_of(sentences(5, seed=78))
+        return data.tokenize(rows, tokenizer, "train", None, None, "phrase", model)["unit_starts"]
+
+    assert all(tokenize(None)) and all(tokenize("en_core_web_sm"))
+    assert asked == ["en_core_web_sm"]
+    tokenize("en_core_web_sm_other")
+    versions["en_core_web_sm"] = "3.9.0"
+    tokenize("en_core_web_sm")
+    assert asked == ["en_core_web_sm", "en_core_web_sm_other", "en_core_web_sm"]
+
+
 WIKITEXT = ["", " = Anaximander = \n", " He lived . \n", " = = Life = = \n", " In Miletus . \n", " = X = \n", " Y . \n"]
 
 
@@ -195,6 +219,23 @@ def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
     assert data.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
     assert data.document_numbers([" = X = \n", "a"]) == [0, 0]
     assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
+
+
+def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
+    assert data.document_numbers(WIKITEXT, "articles") == data.document_numbers(WIKITEXT)
+    assert data.document_numbers(WIKITEXT, "rows") == list(range(len(WIKITEXT)))
+    assert data.document_numbers(["a", "b"], "rows") == data.document_numbers(["a", "b"])
+    with pytest.raises(UsageError, match="--documents articles: the test split has no title line"):
+        data.document_numbers(["a", "b"], "articles", "test")
+
+    def numbers(documents):
+        how = ("train", None, None, "token", None, documents)
+        return data.tokenize(rows_of(WIKITEXT), tokenizer, *how)["documents"].unique().tolist()
+
+    filled = [number for number, text in enumerate(WIKITEXT) if text]
+    assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
+    identities = [presets.Settings(isolate_documents=True, documents=name).identity() for name in data.DOCUMENTS]
+    assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
 
 def test_a_title_stands_between_blank_rows():

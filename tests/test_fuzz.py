@@ -118,7 +118,7 @@ ABOUT = {
     "top_p": 0.9,
     "continuations": 2,
 }
-MADE_FROM = {"file_sha256": "0", "bertscore_model": "encoder", "fluency_model": "model"}
+MADE_FROM = {"file_sha256": "0"} | presets.ScorerModels("encoder", 6, "model").record()
 
 
 def bert(references, texts):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -184,6 +185,17 @@ def test_a_window_gives_way_where_the_text_is_short(tiny_model):
     with torch.no_grad():
         model(torch.full((1, 101), 5), past_key_values=cache, use_cache=True)
     assert cache.length == read - round(0.8 * read) + 101
+
+
+def test_a_text_is_read_without_the_end_that_a_tokenizer_puts_behind_it(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain, end = len(tokenizer(TEXT)["input_ids"]), tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    with kvc.attach(model, tokenizer):
+        assert kvc.compress(model, tokenizer, TEXT, 0.5).logical_length == plain
 
 
 @pytest.mark.parametrize("options", [{}, {"sink_tokens": 1, "recent_tokens": 4}])

@@ -83,6 +83,8 @@ def test_flags_beat_the_preset():
         ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
         ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),
         ({"span_unit": "phrase", "protocol": "matched"}, "needs --span_sampler self_information"),
+        ({"documents": "rows"}, "documents rows needs --isolate_documents or --position_ids_by_document"),
+        ({"documents": "lines", "isolate_documents": True}, "documents lines: choose from auto, rows, articles"),
         ({"span_sampler": "best", "protocol": "matched"}, "choose from random, fixed, self_information"),
     ],
 )

@@ -440,7 +440,9 @@ def test_missing_continuations_are_listed(tmp_path):
     assert "### Claim 2\n\nNo continuations were scored." in text_of(tmp_path / "none", results())
 
 
-@pytest.mark.parametrize("name", ["documents_sha256", "bertscore_model", "fluency_model"])
+@pytest.mark.parametrize(
+    "name", ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model", "convention"]
+)
 def test_scores_of_other_documents_or_scorers_are_not_compared(tmp_path, name):
     write(tmp_path, scores("kv_compression", better=0.05), scores("local_attention", **{name: None}))
     found = measured.collect(tmp_path).scores
