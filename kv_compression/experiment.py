@@ -44,7 +44,17 @@ from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
-from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
+from kv_compression.training import (
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    OPTIMIZER,
+    Schedule,
+    add_lora,
+    lora_targets,
+    prepare,
+    train,
+    trained,
+)
 from kv_compression.visibility import METHODS, Rule
 from kv_compression.whole_files import PARTIAL, remove_partial
 
@@ -121,13 +131,14 @@ def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
     processes.load_whole_models()
     transformers.set_seed(settings.seed)
-    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = processes.accelerator(settings.mixed_precision)
     folder = Path(settings.output_dir)
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
-    checkpoints = checkpoints_of(settings)
+    trained_on = len(splits.get("train", ()))
+    checkpoints = checkpoints_of(settings, Schedule(settings, trained_on, accelerator.num_processes).steps_per_epoch)
     checkpoint = read_checkpoint(checkpoints) if resume else None
     if accelerator.is_main_process:
         if checkpoint is None:
@@ -148,18 +159,16 @@ def _run(settings: Settings, resume: bool) -> dict:
     writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
     with compressed_attention(model, rule=rule) as patch:
         untrained = processes.on_main(read_untrained, folder) if checkpoint else None
-        if untrained is None and (settings.eval_only or not settings.skip_untrained):
+        if untrained is None and not (settings.eval_only or settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:
                 write_json(folder / UNTRAINED, untrained)
         report = None
         if not settings.eval_only:
             report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
-        scores = {
-            split: untrained if split == "test" and report is None else score(split, f"{split} split")
-            for split in ("test", "validation")
-            if split in splits
-        }
+        # The test split last: train.log ends with its perplexity.
+        scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
+        untrained = scores["test"] if settings.eval_only else untrained
     if writer is not None:
         for split, result in scores.items():
             writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
@@ -183,7 +192,7 @@ def _run(settings: Settings, resume: bool) -> dict:
         "lora_target_modules": targets,
         "lora_alpha": LORA_ALPHA,
         "lora_dropout": LORA_DROPOUT,
-        "optimizer": OPTIMIZER,
+        "optimizer": OPTIMIZER | {"weight_decay": settings.weight_decay},
         "model": settings.model_name_or_path,
         "model_revision": revision,
         "sentinels": {"cl_id": rule.cl_id, "cr_id": rule.cr_id} if rule.uses_sentinels else None,
@@ -240,11 +249,11 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str
         raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
 
 
-def checkpoints_of(settings: Settings) -> Checkpoints:
+def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
-    steps, minutes = settings.checkpoint_interval()
-    identity = Settings.regardless_of_processes(settings.identity())
-    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep)
+    steps, minutes = settings.checkpoint_interval(steps_per_epoch)
+    identity, defaults = (Settings.regardless_of_processes(one.identity()) for one in (settings, Settings()))
+    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
 
 def read_untrained(folder: Path) -> dict | None:
