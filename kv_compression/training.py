@@ -150,8 +150,8 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
 class TrainingReport:
     """What the loop did: `loss` is the mean over the last tenth of the steps, in nats per token.
 
-    The learning rate's scheduler was made for `scheduler_steps`, the first `scheduler_warmup_steps` of them warm-up, and
-    stepped once per optimizer step; `last_learning_rate` is that of the last optimizer step.
+    The learning rate's scheduler was made for `scheduler_steps`, `scheduler_warmup_steps` of them warm-up, and stepped
+    once per optimizer step; `last_learning_rate` is that of the last optimizer step.
     """
 
     steps: int
@@ -180,7 +180,8 @@ class Schedule:
         self.num_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
         # The published scripts count micro-batches here, although their scheduler steps once per optimizer step.
         counted = settings.gradient_accumulation_steps if settings.published_schedule else 1
-        self.scheduler_steps, self.scheduler_warmup_steps = self.num_steps * counted, settings.num_warmup_steps * counted
+        self.scheduler_steps = self.num_steps * counted
+        self.scheduler_warmup_steps = settings.num_warmup_steps * counted
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (from 0) belongs to."""
