@@ -14,7 +14,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO
 
-import accelerate
 import huggingface_hub
 import peft
 import torch
@@ -37,6 +36,7 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import is_measured
 from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
+from kv_compression.loading import cast, merge_adapter, stored_dtype
 from kv_compression.model_card import write_card
 from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
@@ -302,43 +302,64 @@ def _lock(folder: Path) -> IO:
     return file
 
 
-def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
-    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision."""
+def load_model(
+    settings: Settings, as_stored: bool = False
+) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
+    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision.
+
+    With `as_stored` weights are in the precision of their files, whatever the settings say, if `stored_dtype` knows it.
+    """
     name = settings.model_name_or_path
     local = presets.embedded_model() if name == EMBEDDED else name
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    if local.startswith(("/", ".", "~")) and not os.path.isdir(local):
-        raise UsageError(f"--model_name_or_path {local}: no such folder")
-    if not os.path.isdir(local):
-        check_hub(local, "model", f"{OFFLINE} with --model_name_or_path")
+    for flag, place in (("model_name_or_path", local), ("tokenizer_name", settings.tokenizer_name or local)):
+        if place.startswith(("/", ".", "~")) and not os.path.isdir(place):
+            raise UsageError(f"--{flag} {place}: no such folder")
+        if not os.path.isdir(place):
+            check_hub(place, "model", f"{OFFLINE} with --{flag}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            settings.tokenizer_name or local, trust_remote_code=False
+        )
+        if as_stored:
+            dtype = stored_dtype(Path(local) if os.path.isdir(local) else _snapshot(name))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             local, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
     except Exception as error:  # loaders raise whatever their parsers do
         raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if settings.tokenizer_name and len(tokenizer) > rows:
+        raise UsageError(f"--tokenizer_name {settings.tokenizer_name}: {len(tokenizer)} tokens, the model has {rows}")
     attention = settings.attn_implementation
     if attention in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
         raise UsageError(f"{attention} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
-    return tokenizer, model, None if os.path.isdir(local) else _commit(name)
+    snapshot = None if os.path.isdir(local) else _snapshot(name)
+    return tokenizer, model, snapshot and snapshot.name
 
 
-def _commit(name: str) -> str | None:
-    """The commit of a hub model that has just been loaded, from where it lies in the hub's cache."""
+def _snapshot(name: str) -> Path | None:
+    """Where a hub model lies in the hub's cache, in a folder named by its commit, if it has been loaded."""
     path = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
     """The tokenizer, the model with its adapter merged in and the settings of a finished run of run_clm.py.
 
-    Merging happens in fp32; under bf16 the merged weights are rounded once.
+    Merging happens in fp32, a layer at a time; under bf16 the merged weights are rounded once.
     """
     settings = recorded_settings(results_of_run(folder), folder)
-    tokenizer, model, _ = load_model(replace(settings, mixed_precision="no", eval_only=True))
+    exact = replace(settings, mixed_precision="no", eval_only=True)
+    tokenizer, model, _ = load_model(exact, as_stored=True)
+    if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in model.buffers()):
+        del model  # what it reckons with is to stay exact
+        tokenizer, model, _ = load_model(exact)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None:
+            cast(embedding, torch.float32)  # new rows are means
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
     # Left to itself, peft looks for another file, which may be pickled, and then on the hub.
@@ -349,12 +370,10 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         config = peft.PeftConfig.from_pretrained(folder)
         if type(config) is not peft.LoraConfig or config.megatron_config:  # which names a module to import
             raise ValueError("it is not of run_clm.py")
-        model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload().eval()
+        model = peft.PeftModel.from_pretrained(model, folder, config=config)
+        model = merge_adapter(model, torch.bfloat16 if mixed_precision == "bf16" else torch.float32).eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    if mixed_precision == "bf16":
-        for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
-            parameter.data = parameter.data.to(torch.bfloat16)
     return tokenizer, model, settings
 
 
