@@ -9,6 +9,8 @@ from pathlib import Path
 from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
 METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention"]
+LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+LR_SCHEDULERS += ["inverse_sqrt"]
 
 
 def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
@@ -20,10 +22,12 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--preset", choices=["auto", "paper", "embedded"], help="paper needs a GPU and the hub (auto)")
     add("--protocol", choices=["paper", "matched"], help="how text becomes blocks and spans (the preset's)")
     add("--model_name_or_path", help="hub name or folder")
+    add("--tokenizer_name", help="hub name or folder of another tokenizer than the model's")
     add("--dataset_name", help="hub name")
     add("--dataset_config_name")
     for split in ("train", "validation", "test"):
         add(f"--{split}_file", help=".jsonl, .json or .csv with a column text, or .txt")
+    add("--validation_split_percentage", type=int, help="of the training rows, where there is no validation split")
     add("--block_size", type=int, help="tokens a block (256)")
     add("--max_span_length", type=int, help="words (paper) or tokens (matched) a span (25)")
     add("--recipe", choices=["paper", "best"], help="the paper's KV compression, or with what helps most (paper)")
@@ -44,10 +48,11 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--per_device_eval_batch_size", type=int, help="(4)")
     add("--gradient_accumulation_steps", type=int, help="(3; embedded: 1)")
     add("--learning_rate", type=float, help="(2e-5; embedded: 1e-3)")
+    add("--weight_decay", type=float, help="of LoRA and the sentinels' embeddings (0)")
     add("--num_train_epochs", type=int, help="(3)")
     add("--max_train_steps", type=int, help="optimizer steps, overrides the epochs (embedded: 16)")
     add("--num_warmup_steps", type=int, help="(0)")
-    add("--lr_scheduler_type", choices=["linear", "cosine", "constant", "constant_with_warmup"], help="(linear)")
+    add("--lr_scheduler_type", choices=LR_SCHEDULERS, help="(linear)")
     add("--max_eval_blocks", type=int, help="score only the first blocks of a split (all; embedded: 24)")
     add("--r", type=int, help="LoRA's rank (16)")
     add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
@@ -64,7 +69,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--eval_only", action="store_true", default=None, help="no fine-tuning: score the model as it is")
     add("--skip_untrained", action="store_true", default=None, help="no score before fine-tuning")
     add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
-    add("--checkpointing_steps", help="optimizer steps between checkpoints, or minutes with an m (10m)")
+    add("--checkpointing_steps", help="optimizer steps between checkpoints, minutes with an m, or epoch (10m)")
     add("--checkpoints_to_keep", type=int, help="(2)")
     add("--resume_from_checkpoint", nargs="?", const="latest", choices=["latest"], help="go on where a run broke off")
     add("--overwrite", action="store_true", help="replace what the output folder holds")

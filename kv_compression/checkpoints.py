@@ -32,13 +32,17 @@ class Checkpoint:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of the run in `folder` whose settings are `identity`, one every so many `steps` or `minutes`."""
+    """The checkpoints of the run in `folder` whose settings are `identity`, one every so many `steps` or `minutes`.
+
+    A setting that a checkpoint of an older version does not name had its value in `defaults`.
+    """
 
     folder: Path
     identity: dict
     steps: int | None = None
     minutes: float | None = None
     keep: int = 2
+    defaults: dict = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
     def due_at(self, step: int) -> bool:
@@ -79,7 +83,7 @@ class Checkpoints:
                 log.warning("the checkpoint %s is damaged: looking for the one before it", path)
                 print(f"the checkpoint {path} is damaged: looking for the one before it", flush=True)
                 continue
-            identity = note["identity"]
+            identity = self.defaults | note["identity"]
             changed = [name for name in identity | self.identity if identity.get(name) != self.identity.get(name)]
             if changed:
                 raise UsageError(

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kv_compression.disk_cache import cached_tensors
-from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.errors import RunError, UsageError, is_main_process, one_line, printable
 from kv_compression.hub import check_hub
 from kv_compression.information import find_spacy_model, installed_spacy, unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
@@ -39,6 +40,8 @@ SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
 BLANKS = re.compile(r"\s*")
+NUMERAL = re.compile(r"[\s\d.,:+-]*")
+SAMPLE = 1000  # texts that are looked at to see what a column holds
 
 
 def load_file(path: str, split: str) -> "datasets.Dataset":
@@ -50,7 +53,7 @@ def load_file(path: str, split: str) -> "datasets.Dataset":
 
 
 def read_texts(path: str, flag: str) -> list[str]:
-    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file; all but .txt need a column "text".
+    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file, of its `text_column`.
 
     Rows without a text are left out. UsageError or RunError, naming the `flag` that named the file, if it is no such
     file. Read by Python's own parsers: those of `datasets` would unpack an archive, whatever its name ends in, and take
@@ -65,18 +68,21 @@ def read_texts(path: str, flag: str) -> list[str]:
         raise UsageError(f"{source} is empty")
     try:
         rows = READERS[file.suffix](file.read_text(encoding="utf-8-sig"))
-        texts = [row["text"] for row in rows if row.get("text") is not None]
+        names = list(dict.fromkeys(itertools.chain(*rows)))
+        column = text_column(names, source) if rows else "text"
+        texts = [row[column] for row in rows if row.get(column) is not None]
         wrong = [text for text in texts if not isinstance(text, str)]
         if not wrong:
             "".join(texts).encode()  # JSON can tell of lone surrogates, which are no text
+    except UsageError:
+        raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise RunError(f"{source} cannot be read as {file.suffix}: {one_line(error)}") from error
     if wrong:
-        raise UsageError(f'the column "text" of {source} holds {type(wrong[0]).__name__} values, not text')
-    if rows:
-        _check_columns(list(dict.fromkeys(itertools.chain(*rows))), source)
+        raise UsageError(f'the column "{column}" of {source} holds {type(wrong[0]).__name__} values, not text')
     if not texts:
         raise UsageError(f"{source} holds no text")
+    _tell_column(column, names, texts, source)
     return texts
 
 
@@ -141,19 +147,39 @@ def stream_c4(seed: int) -> Iterator[str]:
 
 
 def with_text(rows: "datasets.Dataset", source: str) -> "datasets.Dataset":
-    """`rows` with its column "text" alone, without missing values; UsageError if there is no such text."""
-    _check_columns(rows.column_names, source)
-    rows = rows.select_columns("text").filter(_present, batched=True)
+    """`rows` with their `text_column` alone, as "text", without missing values; UsageError if there is no such text."""
+    column = text_column(rows.column_names, source)
+    names, rows = rows.column_names, rows.select_columns(column)
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    rows = rows.filter(_present, batched=True)
     if len(rows) == 0:
         raise UsageError(f"{source} holds no text")
     if not isinstance(rows[0]["text"], str):
-        raise UsageError(f'the column "text" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
+        raise UsageError(f'the column "{column}" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
+    _tell_column(column, names, rows[:SAMPLE]["text"], source)
     return rows
 
 
-def _check_columns(names: Sequence[str], source: str) -> None:
-    if "text" not in names:
-        raise UsageError(f'{source} has no column "text" (it has: {", ".join(names) or "none"})')
+def text_column(names: Sequence[str], source: str) -> str:
+    """The column that holds the text: "text", or else the first, as the published scripts choose.
+
+    UsageError if there is none.
+    """
+    if not names:
+        raise UsageError(f'{source} has no column "text", nor any other')
+    return "text" if "text" in names else names[0]
+
+
+def _tell_column(column: str, names: Sequence[str], texts: Sequence[str], source: str) -> None:
+    """Say which of the columns `names` is read in place of "text"; UsageError if it holds numbers, as ids are."""
+    if column == "text":
+        return
+    if all(NUMERAL.fullmatch(text) for text in texts[:SAMPLE]):
+        there = ", ".join(names)
+        raise UsageError(f'{source} has no column "text", and its first, "{column}", holds numbers (it has: {there})')
+    if is_main_process():
+        print(printable(f'{source} has no column "text": its first, "{column}", is read'), file=sys.stderr, flush=True)
 
 
 def _present(batch: dict) -> list[bool]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import accelerate
 import filelock
 import huggingface_hub
 import peft
@@ -36,6 +35,7 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import is_measured
 from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
+from kv_compression.loading import cast, merge_adapter, stored_dtype
 from kv_compression.model_card import write_card
 from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
@@ -43,7 +43,17 @@ from kv_compression.results import RESULTS, read_results, write_json
 from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
-from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
+from kv_compression.training import (
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    OPTIMIZER,
+    Schedule,
+    add_lora,
+    lora_targets,
+    prepare,
+    train,
+    trained,
+)
 from kv_compression.visibility import METHODS, Rule
 from kv_compression.whole_files import PARTIAL, remove_partial
 
@@ -120,13 +130,14 @@ def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
     processes.load_whole_models()
     transformers.set_seed(settings.seed)
-    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = processes.accelerator(settings.mixed_precision)
     folder = Path(settings.output_dir)
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
-    checkpoints = checkpoints_of(settings)
+    trained_on = len(splits.get("train", ()))
+    checkpoints = checkpoints_of(settings, Schedule(settings, trained_on, accelerator.num_processes).steps_per_epoch)
     checkpoint = read_checkpoint(checkpoints) if resume else None
     if accelerator.is_main_process:
         if checkpoint is None:
@@ -147,18 +158,16 @@ def _run(settings: Settings, resume: bool) -> dict:
     writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
     with compressed_attention(model, rule=rule) as patch:
         untrained = processes.on_main(read_untrained, folder) if checkpoint else None
-        if untrained is None and (settings.eval_only or not settings.skip_untrained):
+        if untrained is None and not (settings.eval_only or settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:
                 write_json(folder / UNTRAINED, untrained)
         report = None
         if not settings.eval_only:
             report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
-        scores = {
-            split: untrained if split == "test" and report is None else score(split, f"{split} split")
-            for split in ("test", "validation")
-            if split in splits
-        }
+        # The test split last: train.log ends with its perplexity.
+        scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
+        untrained = scores["test"] if settings.eval_only else untrained
     if writer is not None:
         for split, result in scores.items():
             writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
@@ -182,7 +191,7 @@ def _run(settings: Settings, resume: bool) -> dict:
         "lora_target_modules": targets,
         "lora_alpha": LORA_ALPHA,
         "lora_dropout": LORA_DROPOUT,
-        "optimizer": OPTIMIZER,
+        "optimizer": OPTIMIZER | {"weight_decay": settings.weight_decay},
         "model": settings.model_name_or_path,
         "model_revision": revision,
         "sentinels": {"cl_id": rule.cl_id, "cr_id": rule.cr_id} if rule.uses_sentinels else None,
@@ -239,11 +248,11 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str
         raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
 
 
-def checkpoints_of(settings: Settings) -> Checkpoints:
+def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
-    steps, minutes = settings.checkpoint_interval()
-    identity = Settings.regardless_of_processes(settings.identity())
-    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep)
+    steps, minutes = settings.checkpoint_interval(steps_per_epoch)
+    identity, defaults = (Settings.regardless_of_processes(one.identity()) for one in (settings, Settings()))
+    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
 
 def read_untrained(folder: Path) -> dict | None:
@@ -292,43 +301,64 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
-    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision."""
+def load_model(
+    settings: Settings, as_stored: bool = False
+) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
+    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision.
+
+    With `as_stored` weights are in the precision of their files, whatever the settings say, if `stored_dtype` knows it.
+    """
     name = settings.model_name_or_path
     local = presets.embedded_model() if name == EMBEDDED else name
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    if local.startswith(("/", ".", "~")) and not os.path.isdir(local):
-        raise UsageError(f"--model_name_or_path {local}: no such folder")
-    if not os.path.isdir(local):
-        check_hub(local, "model", f"{OFFLINE} with --model_name_or_path")
+    for flag, place in (("model_name_or_path", local), ("tokenizer_name", settings.tokenizer_name or local)):
+        if place.startswith(("/", ".", "~")) and not os.path.isdir(place):
+            raise UsageError(f"--{flag} {place}: no such folder")
+        if not os.path.isdir(place):
+            check_hub(place, "model", f"{OFFLINE} with --{flag}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            settings.tokenizer_name or local, trust_remote_code=False
+        )
+        if as_stored:
+            dtype = stored_dtype(Path(local) if os.path.isdir(local) else _snapshot(name))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             local, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
     except Exception as error:  # loaders raise whatever their parsers do
         raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if settings.tokenizer_name and len(tokenizer) > rows:
+        raise UsageError(f"--tokenizer_name {settings.tokenizer_name}: {len(tokenizer)} tokens, the model has {rows}")
     attention = settings.attn_implementation
     if attention in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
         raise UsageError(f"{attention} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
-    return tokenizer, model, None if os.path.isdir(local) else _commit(name)
+    snapshot = None if os.path.isdir(local) else _snapshot(name)
+    return tokenizer, model, snapshot and snapshot.name
 
 
-def _commit(name: str) -> str | None:
-    """The commit of a hub model that has just been loaded, from where it lies in the hub's cache."""
+def _snapshot(name: str) -> Path | None:
+    """Where a hub model lies in the hub's cache, in a folder named by its commit, if it has been loaded."""
     path = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
     """The tokenizer, the model with its adapter merged in and the settings of a finished run of run_clm.py.
 
-    Merging happens in fp32; under bf16 the merged weights are rounded once.
+    Merging happens in fp32, a layer at a time; under bf16 the merged weights are rounded once.
     """
     settings = recorded_settings(results_of_run(folder), folder)
-    tokenizer, model, _ = load_model(replace(settings, mixed_precision="no", eval_only=True))
+    exact = replace(settings, mixed_precision="no", eval_only=True)
+    tokenizer, model, _ = load_model(exact, as_stored=True)
+    if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in model.buffers()):
+        del model  # what it reckons with is to stay exact
+        tokenizer, model, _ = load_model(exact)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None:
+            cast(embedding, torch.float32)  # new rows are means
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
     # Left to itself, peft looks for another file, which may be pickled, and then on the hub.
@@ -339,12 +369,10 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         config = peft.PeftConfig.from_pretrained(folder)
         if type(config) is not peft.LoraConfig or config.megatron_config:  # which names a module to import
             raise ValueError("it is not of run_clm.py")
-        model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload().eval()
+        model = peft.PeftModel.from_pretrained(model, folder, config=config)
+        model = merge_adapter(model, torch.bfloat16 if mixed_precision == "bf16" else torch.float32).eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    if mixed_precision == "bf16":
-        for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
-            parameter.data = parameter.data.to(torch.bfloat16)
     return tokenizer, model, settings
 
 

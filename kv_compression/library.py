@@ -26,7 +26,6 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.generation import as_batch, prefill
 from kv_compression.hub import check_hub, fetch, snapshot
 from kv_compression.results import RESULTS, read_results
-<<<<<<< HEAD
 from kv_compression.sentinels import (
     CL_TOKEN,
     CR_TOKEN,
@@ -37,11 +36,9 @@ from kv_compression.sentinels import (
     plain,
     refuse_unwritable,
     start_at_mean,
+    unended,
     unset_rows,
 )
-=======
-from kv_compression.sentinels import add_sentinels, insert_sentinels, make_room, start_at_mean, unended
->>>>>>> h/text
 from kv_compression.spans import entries_to_remove, exact_spans, widest_window
 from kv_compression.visibility import METHODS, KVCompression, Rule
 
@@ -272,20 +269,15 @@ def compress(
     patched = getattr(decoder_of(model), "_sentinel_patch", None)
     if patched is None:
         raise ValueError("the model has no rule to compress by: attach(model, …) first")
-<<<<<<< HEAD
     rule, texts = patched.rule, [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("there is no text to compress")
     rows = []
     for number, each in enumerate(texts):
         try:
-            rows.append(mark(tokenizer(each)["input_ids"], rule, ratio, max_span_length, seed))
+            rows.append(mark(unended(tokenizer, each), rule, ratio, max_span_length, seed))
         except ValueError as error:
             raise ValueError(f"text {number} of {len(texts)}: {error}" if len(texts) > 1 else str(error)) from error
-=======
-    rule = patched.rule
-    ids = mark(unended(tokenizer, text), rule, ratio, max_span_length, seed)
->>>>>>> h/text
     cache = SentinelCache(rule=rule)
     input_ids, padding = as_batch(rows, input_device(model))
     prefill(model, input_ids, cache, padding, chunk)

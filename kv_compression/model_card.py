@@ -201,7 +201,7 @@ def training(results: dict) -> dict[str, str]:
         "text tokens": number((report or {}).get("tokens")),
         "loss at the end": number((report or {}).get("loss"), 3),
         "batch × accumulation × processes": " × ".join(map(str, batch)),
-        "learning rate": f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}",
+        "learning rate": learning_rate(settings, report or {}),
         "LoRA": f"rank {settings['r']}, alpha {results['lora_alpha']}, dropout {results['lora_dropout']}, on {targets}",
     }
     packages = results["packages"] | {"Python": results["python"]}
@@ -214,6 +214,14 @@ def training(results: dict) -> dict[str, str]:
         "wall seconds": number(results.get("wall_seconds")),
         "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
+
+
+def learning_rate(settings: dict, report: dict) -> str:
+    """The rate, its schedule and, where it was recorded, what it ended at."""
+    schedule = settings["lr_scheduler_type"] + (" as published" if settings.get("published_schedule") else "")
+    last = report.get("last_learning_rate")
+    ended = f", {last:.3g} at the last step" if fields.number(last) is not None else ""
+    return f"{settings['learning_rate']:g}, {schedule}{ended}"
 
 
 def use(results: dict, name: str) -> list[str]:

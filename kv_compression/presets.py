@@ -48,11 +48,13 @@ class Settings:
     bound_ratio: float = 0.0
     protocol: str = "paper"
     model_name_or_path: str = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
+    tokenizer_name: str | None = None  # the model's own
     dataset_name: str | None = "Salesforce/wikitext"
     dataset_config_name: str | None = "wikitext-2-raw-v1"
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
+    validation_split_percentage: int | None = None
     block_size: int = 256
     max_span_length: int = 25
     span_sampler: str = "random"
@@ -73,10 +75,12 @@ class Settings:
     per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 3
     learning_rate: float = 2e-5
+    weight_decay: float = 0.0
     num_train_epochs: int = 3
     max_train_steps: int | None = None
     num_warmup_steps: int = 0
     lr_scheduler_type: str = "linear"
+    published_schedule: bool = False  # the scheduler plans for updates × accumulation, and steps once per update
     max_eval_blocks: int | None = None
     r: int = 16
     lora_target_modules: tuple[str, ...] | None = None
@@ -135,6 +139,14 @@ class Settings:
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
         if self.sentinel_learning_rate is not None and not self.sentinel_learning_rate < float("inf"):
             raise UsageError(f"--sentinel_learning_rate must be finite, got {self.sentinel_learning_rate}")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"--weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if self.validation_split_percentage is not None and not 1 <= self.validation_split_percentage <= 99:
+            raise UsageError(
+                f"--validation_split_percentage must be from 1 to 99, got {self.validation_split_percentage}"
+            )
         if not 0 <= self.distill_weight <= 1:
             raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
         for name, choices in _CHOICES.items():
@@ -142,7 +154,8 @@ class Settings:
                 raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         if self.checkpoint_interval() == (None, None):
             raise UsageError(
-                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100) or of minutes (10m)"
+                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100), of minutes (10m) "
+                "or epoch"
             )
         self._check_options()
         if self.method == "kv_compression" and self.protocol == "matched":
@@ -174,9 +187,11 @@ class Settings:
         if self.documents != "auto" and not (self.isolate_documents or self.position_ids_by_document):
             raise UsageError(f"--documents {self.documents} needs --isolate_documents or --position_ids_by_document")
 
-    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+    def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
         text = str(self.checkpointing_steps)
+        if text == "epoch":
+            return steps_per_epoch, None
         try:
             if text.endswith("m"):
                 minutes = float(text[:-1])
@@ -260,8 +275,13 @@ OF_KV_COMPRESSION = (
     "recent_tokens",
     "sentinel_learning_rate",
 )
+# Those of transformers that need nothing but the steps of warm-up and the steps in all.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LR_SCHEDULERS += ("inverse_sqrt",)
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
 _CHOICES = {
     "protocol": ("paper", "matched"),
+    "lr_scheduler_type": LR_SCHEDULERS,
     "span_sampler": SPAN_SAMPLERS,
     "span_unit": UNITS,
     "cr_visibility": CR_VISIBILITIES,
@@ -351,6 +371,8 @@ def resolve(explicit: dict) -> Settings:
     settings = Settings(**chosen)
     settings.check()
     settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
+    if settings.protocol == "paper":  # without accumulation both schedules are the same
+        settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
     if settings.recipe == "best" and settings.method == "kv_compression":
         settings = best_recipe(settings, given)
         settings.check()

@@ -38,12 +38,13 @@ class Run(NamedTuple):
     protocol: str
     seed: int = 0
     eval_only: bool = False
+    own_schedule: bool = False  # is another protocol's training another, even without sentinels?
 
     @property
     def name(self) -> str:
         """Its folder within the sweep's."""
         name = f"{self.method}_{self.ratio}"
-        if self.protocol == "paper" and METHODS[self.method].uses_sentinels:
+        if self.protocol == "paper" and (self.own_schedule or METHODS[self.method].uses_sentinels):
             name += "_paper"
         if self.seed:
             name += f"_seed{self.seed}"
@@ -72,23 +73,30 @@ def as_flags(values: dict) -> list[str]:
     return words
 
 
-def plan(methods: Sequence[str], ratios: Sequence[float], seeds: Sequence[int], protocols: Sequence[str]) -> list[Run]:
+def plan(
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    protocols: Sequence[str],
+    accumulation: int = 1,
+) -> list[Run]:
     """All runs, in an order of which any beginning makes a report: a seed's baseline, then its ratios as `spread`.
 
     A method without sentinels reads the same blocks in both protocols, and results hold both ways of averaging: it
-    runs once.
+    runs once, unless there are steps of `accumulation`, with which learning rates differ.
     """
-    shared = "matched" if "matched" in protocols else "paper"
+    apart = accumulation > 1
+    shared = protocols if apart else ["matched" if "matched" in protocols else "paper"]
     runs = []
     for seed in seeds:
-        runs.append(Run(FULL, 0.0, shared, seed))
-        if seed == seeds[0]:
-            runs.append(Run(FULL, 0.0, shared, eval_only=True))  # nothing is drawn: one for all seeds
+        runs += [Run(FULL, 0.0, protocol, seed) for protocol in shared]
+        if seed == seeds[0]:  # nothing is drawn: one for all seeds
+            runs += [Run(FULL, 0.0, protocol, eval_only=True) for protocol in shared]
         for ratio in spread(ratios):
             for method in methods:
-                own = protocols if METHODS[method].uses_sentinels else [shared]
+                own = protocols if METHODS[method].uses_sentinels else shared
                 runs += [Run(method, ratio, protocol, seed) for protocol in own if method != FULL]
-    return runs
+    return [run._replace(own_schedule=apart) for run in runs]
 
 
 def spread(values: Sequence[float]) -> list[float]:

@@ -48,7 +48,9 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("missing.jsonl", None, UsageError, "no such file"),
         ("empty.jsonl", "", UsageError, "is empty"),
         ("rows.parquet", "x", UsageError, "expected a file that ends in"),
-        ("other.jsonl", '{"body": "x"}\n', UsageError, 'no column "text"'),
+        ("ids.csv", "id,body\n1,a\n2,b\n", UsageError, 'its first, "id", holds numbers .it has: id, body'),
+        ("counts.jsonl", '{"n": 1, "body": "x"}\n', UsageError, 'column "n" of .* holds int values, not text'),
+        ("nothing.jsonl", "{}\n", UsageError, 'no column "text", nor any other'),
         ("broken.jsonl", '{"text": "x"\n{', RunError, "cannot be read"),
         ("numbers.jsonl", '{"text": 1}\n', UsageError, "not text"),
         ("nulls.jsonl", '{"text": null}\n', UsageError, "holds no text"),
@@ -60,7 +62,7 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("wide.csv", 'text,id\na,1\n"b\nb",c,2\n', RunError, "line 4 has more fields"),
         ("open.csv", 'text\n"a\n', RunError, "unexpected end of data"),
         ("head.csv", "text\n", UsageError, "holds no text"),
-        ("control.jsonl", '{"a\\n\\u001b": "x"}', UsageError, "it has: a "),
+        ("control.jsonl", '{"a\\n\\u001b": "1"}', UsageError, "it has: a "),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, error, words):
@@ -85,6 +87,23 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
 def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content)
     assert data.read_texts(str(tmp_path / name), "docs_file") == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", '{"body": "a 1", "id": 7}\n{"body": null}\n{"id": 1, "body": "b"}'),
+        ("rows.csv", "body,id\na 1,7\nb,1\n"),
+    ],
+)
+def test_without_a_column_text_the_first_is_read_and_named(tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    assert data.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f'--docs_file {tmp_path / name} has no column "text": its first, "body", is read'
+    rows = data.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
+    assert (rows.column_names, rows["text"][:]) == (["text"], ["a"])
+    assert 'owner/name has no column "text"' in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
