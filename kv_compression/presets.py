@@ -386,15 +386,15 @@ _LONGEST_NAME = 150
 def _as_name(option: str, value) -> str:
     """A setting as a part of a folder's name: a file by its stem, a model or a dataset by the last part of its name."""
     if option == "recipe":
-        return value
+        return str(value)
     if value is True:
         return option
     if option.endswith("_file"):
-        value = Path(value).stem or value
+        value = Path(str(value)).stem or value
     elif option in ("model_name_or_path", "dataset_name"):
-        value = Path(value).name or value
+        value = Path(str(value)).name or value
     elif isinstance(value, list | tuple):
-        value = "-".join(value)
+        value = "-".join(map(str, value))
     return f"{option}-{file_name(str(value))}"
 
 

@@ -25,11 +25,11 @@ def partial_name(name: str) -> str:
     return f".{name}.{secrets.token_hex(4)}{PARTIAL}"
 
 
-def usual_mode() -> int:
-    """The permissions that new files get here: all may read and write that the user's umask lets."""
-    mask = os.umask(0o077)
+def usual_mode(folder: bool = False) -> int:
+    """The permissions that a new file, or a `folder`, gets here: what the user's umask leaves."""
+    mask = os.umask(0o077)  # which cannot be read without being set
     os.umask(mask)
-    return 0o666 & ~mask
+    return (0o777 if folder else 0o666) & ~mask
 
 
 def write_whole(path: Path, content: bytes, partial: Path | None = None) -> None:

@@ -33,7 +33,7 @@ def test_a_half_written_line_is_cut_off_and_made_again(tmp_path):
 def test_a_file_of_other_settings_is_kept_unless_overwritten(tmp_path):
     path = tmp_path / "generation.jsonl"
     records.continue_file(path, ABOUT, overwrite=False)
-    path.write_text('{"index": 0}\n')
+    records.append(path, [{"index": 0}])
     with pytest.raises(UsageError, match="--overwrite"):
         records.continue_file(path, ABOUT | {"seed": 1}, overwrite=False)
     assert path.read_text() == '{"index": 0}\n'
