@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression import fields, ownership, strict_json
+from kv_compression import fields, ownership, records, strict_json
 from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
-from kv_compression.records import scores_path
+from kv_compression.records import is_scorable, scores_path
 from kv_compression.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
@@ -42,8 +42,6 @@ def find_files(paths: list[str]) -> list[Path]:
 
     UsageError if a named file has nothing to score; below a folder it is only left out, as one that is just begun.
     """
-    from kv_compression import records, scoring
-
     found = []
     for name in paths:
         path = Path(name)
@@ -53,9 +51,9 @@ def find_files(paths: list[str]) -> list[Path]:
         found += [about.with_name(about.name.replace(".about.json", ".jsonl")) for about in below] or [path]
     files = []
     for path in filter(Path.is_file, dict.fromkeys(found)):
-        if any(map(scoring.is_scorable, records.read(path)[0])):
+        if any(map(is_scorable, records.read(path)[0])):
             files.append(path)
-        elif str(path) in paths or path in map(Path, paths):
+        elif path in map(Path, paths):
             raise UsageError(f"{path} holds no continuations: name a file that generate_c4.py has written")
         else:
             print(printable(f"{path}: left out: it holds no continuations yet"))
@@ -108,7 +106,7 @@ def check_outputs(missing: list[Path], csv_path: Path) -> None:
 
 def look_up(path: Path, flags) -> tuple:
     """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
-    from kv_compression import presets, records
+    from kv_compression import presets
 
     about = records.read_about(path) or {}
     models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
@@ -134,7 +132,7 @@ def read_scores(path: Path) -> dict | None:
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
     """Everything that scores.json holds of one generation file; processes share its documents."""
-    from kv_compression import processes, records, scoring
+    from kv_compression import processes, scoring
 
     lines, problems = processes.on_main(records.read, path)
     scores = scoring.score_records(lines, *scorers)

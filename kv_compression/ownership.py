@@ -167,10 +167,10 @@ def remove(folder: Path, which: Callable[[str], bool] = lambda name: True) -> No
     OSError if the disk refuses.
     """
     names = listed(folder)
-    gone = [name for name in names if which(name) and _is_proven(folder, name, names)]
-    for name in gone:
-        path = folder / name
+    there = [name for name in names if which(name) and _is_proven(folder, name, names)]
+    for path in (folder / name for name in there):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    gone = [name for name in names if which(name) and not os.path.lexists(folder / name)]
     parents = {parent for name in gone for parent in (folder / name).parents} - {folder, *folder.parents}
     for parent in sorted(parents, reverse=True):  # the innermost first
         with suppress(OSError):  # it holds something else

@@ -57,6 +57,14 @@ def usable(records: list[dict]) -> list[dict]:
     return list(filter(is_usable, records))
 
 
+def is_scorable(record: dict) -> bool:
+    """Whether `scoring.score_records` can score a continuation of this record."""
+    index, reference, texts = (record.get(name) for name in ("index", "reference", "continuations"))
+    if not isinstance(index, int) or not isinstance(reference, str) or not isinstance(texts, list):
+        return False
+    return bool(reference.strip()) and all(isinstance(text, str) for text in texts) and any(map(str.strip, texts))
+
+
 def read_about(path: Path) -> dict | None:
     """What made the file, None if that is not told. RunError if that file is damaged."""
     try:

@@ -142,14 +142,6 @@ class Scores(NamedTuple):
         return math.exp(min(self.loss / self.count, 700)) if self.count else None
 
 
-def is_scorable(record: dict) -> bool:
-    """Whether `score_records` can score a continuation of this record."""
-    index, reference, texts = (record.get(name) for name in ("index", "reference", "continuations"))
-    if not isinstance(index, int) or not isinstance(reference, str) or not isinstance(texts, list):
-        return False
-    return bool(reference.strip()) and all(isinstance(text, str) for text in texts) and any(map(str.strip, texts))
-
-
 def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -> dict:
     """Scores of a generation file's records: per document, averaged over its continuations.
 
