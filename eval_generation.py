@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression import fields, strict_json
+from kv_compression import fields, ownership, records, strict_json
 from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
-from kv_compression.records import scores_path
+from kv_compression.records import is_scorable, scores_path
 from kv_compression.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
@@ -39,7 +39,10 @@ def parse():
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The generation files that are named or lie below a named folder: those with an .about.json beside them."""
+    """The generation files that are named or lie below a named folder: those with an .about.json beside them.
+
+    UsageError if a named file has nothing to score; below a folder it is only left out, as one that is just begun.
+    """
     found = []
     for name in paths:
         path = Path(name)
@@ -47,10 +50,17 @@ def find_files(paths: list[str]) -> list[Path]:
             raise UsageError(f"{path}: no such file or folder")
         below = sorted(path.rglob("*.about.json")) if path.is_dir() else []
         found += [about.with_name(about.name.replace(".about.json", ".jsonl")) for about in below] or [path]
-    files = [path for path in found if path.is_file()]
+    files = []
+    for path in filter(Path.is_file, dict.fromkeys(found)):
+        if any(map(is_scorable, records.read(path)[0])):
+            files.append(path)
+        elif path in map(Path, paths):
+            raise UsageError(f"{path} holds no continuations: name a file that generate_c4.py has written")
+        else:
+            print(printable(f"{path}: left out: it holds no continuations yet"))
     if not files:
         raise UsageError(f"no generation file in {', '.join(paths)}: generate_c4.py writes them")
-    return list(dict.fromkeys(files))
+    return files
 
 
 def main() -> None:
@@ -62,9 +72,13 @@ def main() -> None:
     state = processes.state()
     processes.load_whole_models()
     files = processes.on_main(find_files, flags.paths)
+    folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
+    csv_path = Path(flags.csv or folder / "scores.csv")
+    found = {path: processes.on_main(look_up, path, flags) for path in files}
+    missing = [path for path, (*_, scores) in found.items() if scores is None]
+    processes.on_main(check_outputs, missing, csv_path)
     scored, scorers = {}, {}
-    for path in files:
-        about, models, made_from, scores = processes.on_main(look_up, path, flags)
+    for path, (about, models, made_from, scores) in found.items():
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
@@ -80,14 +94,20 @@ def main() -> None:
         print(render(table))
         for line in comparisons(scored):
             print(line)
-        folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
-        write_csv(Path(flags.csv or folder / "scores.csv"), table)
+        write_csv(csv_path, table)
     state.destroy_process_group()
+
+
+def check_outputs(missing: list[Path], csv_path: Path) -> None:
+    """Raise UsageError, before hours of scoring, if somebody else's file has the name of one that will be written."""
+    if missing:
+        ownership.check(map(scores_path, missing), instead="name the continuations otherwise")
+        ownership.check([csv_path], instead="name another file with --csv")
 
 
 def look_up(path: Path, flags) -> tuple:
     """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
-    from kv_compression import presets, records
+    from kv_compression import presets
 
     about = records.read_about(path) or {}
     named = (flags.bertscore_model, flags.fluency_model, flags.bertscore_layer)
@@ -114,7 +134,7 @@ def read_scores(path: Path) -> dict | None:
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
     """Everything that scores.json holds of one generation file; processes share its documents."""
-    from kv_compression import processes, records, scoring
+    from kv_compression import processes, scoring
 
     lines, problems = processes.on_main(records.read, path)
     scores = scoring.score_records(lines, *scorers)

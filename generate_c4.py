@@ -42,6 +42,8 @@ def parse() -> argparse.Namespace:
         raise UsageError(f"--top_p must be above 0 and at most 1, got {flags.top_p}")
     if not 0 <= flags.seed < 2**32:
         raise UsageError(f"--seed must be at least 0 and below 2^32, got {flags.seed}")
+    if flags.method == "full_attention" and flags.bound_ratio:
+        raise UsageError("full attention compresses nothing: leave --bound_ratio away")
     if flags.max_span_length is not None and flags.max_span_length < 2:
         raise UsageError(f"--max_span_length must be at least 2, got {flags.max_span_length}")
     if flags.output_file and not flags.output_file.endswith(".jsonl"):
@@ -80,7 +82,9 @@ def main() -> None:
     precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
     tokenizer, model, trained = processes.one_first(experiment.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
-    asked = trained.bound_ratio if flags.bound_ratio is None else flags.bound_ratio
+    # Full attention has no ratio: that of the run is not meant.
+    asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
+    asked = asked if flags.bound_ratio is None else flags.bound_ratio
     longest = flags.max_span_length or trained.max_span_length
     ids = [tokenizer.get_vocab().get(token) for token in (CL_TOKEN, CR_TOKEN)]
     if method.uses_sentinels and None in ids:
@@ -89,6 +93,7 @@ def main() -> None:
     if method.name != trained.method:
         options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
     settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
+    settings.check(in_blocks=False)
     sampler = generation.Sampler(
         flags.continuation_words,
         flags.num_continuations,

@@ -101,7 +101,7 @@ def main() -> None:
     found = processes.on_main(experiment.finished, settings, overwrite, resume)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-        processes.on_main(experiment.tidy, settings)
+        processes.on_main(experiment.finish, settings, found)
     folder = Path(settings.output_dir)
     # Before hours of training, not behind them.
     repository = None if asked is None else processes.on_main(hub.destination, asked, folder)

@@ -8,8 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import filelock
@@ -19,9 +20,10 @@ import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets, processes, strict_json
+from kv_compression import ownership, presets, processes, strict_json
 from kv_compression.attention import FLEX, SORTED_FLEX, compressed_attention
-from kv_compression.checkpoints import FOLDER, Checkpoint, Checkpoints
+from kv_compression.checkpoints import Checkpoint, Checkpoints
+from kv_compression.commit import commit_of_project
 from kv_compression.data import (
     OFFLINE,
     SPLITS,
@@ -36,7 +38,7 @@ from kv_compression.fields import is_measured
 from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
 from kv_compression.loading import cast, merge_adapter, stored_dtype
-from kv_compression.model_card import write_card
+from kv_compression.model_card import CARD, write_card
 from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
 from kv_compression.results import RESULTS, read_results, write_json
@@ -55,7 +57,6 @@ from kv_compression.training import (
     trained,
 )
 from kv_compression.visibility import METHODS, Rule
-from kv_compression.whole_files import PARTIAL, remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -65,27 +66,30 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict | None:
     """Results of the very same settings in the output folder, if there are any.
 
-    Raises UsageError if the folder holds a run of other settings, unless `overwrite`, or anything that is not a run,
-    or, without `resume`, checkpoints that a new run would replace.
+    Raises UsageError if the folder holds a run of other settings, unless `overwrite`; anything that no run has written,
+    or that was changed since; or, without `resume`, checkpoints that a new run would replace.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file")
-    foreign = [path.name for path in folder.iterdir() if not _made_by_a_run(path)] if folder.is_dir() else []
+    results = None if overwrite else _results_in(folder)
+    differing = "" if results is None else _differences(results["settings"], settings.identity())
+    if results is not None and not differing:
+        return results
+    there = [f"results of other settings ({differing})"] if differing else []
+    foreign = list(islice(ownership.others(folder, but={LOCK}), 3)) if folder.is_dir() else []
     if foreign:
-        raise UsageError(f"{folder} holds other files ({', '.join(foreign[:3])}): choose another --output_dir")
-    if overwrite:
-        return None
-    results = read_results(folder)
-    if results is not None:
-        differing = _differences(results.get("settings"), settings.identity())
-        if not differing:
-            return results
+        there.append(f"files that no run has written there, or that were changed since ({', '.join(foreign)})")
+    if there:
+        instead = "move them away" if foreign else "replace them with --overwrite"
+        raise UsageError(f"{folder} holds {' and '.join(there)}: choose another --output_dir, or {instead}")
+    made = [] if overwrite else _made_of_a_run(folder)
+    if made:
         raise UsageError(
-            f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
-            "or replace them with --overwrite"
+            f"{folder} holds what was made of an earlier run ({', '.join(made[:3])}): choose another --output_dir, or "
+            "replace it with --overwrite"
         )
-    step = None if resume else checkpoints_of(settings).newest_step()
+    step = None if resume or overwrite else checkpoints_of(settings).newest_step()
     if step is not None:
         raise UsageError(
             f"{folder} holds a run that was broken off after step {step} or later: --resume_from_checkpoint goes on, "
@@ -94,18 +98,26 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
     return None
 
 
-LOCK, UNTRAINED = "run.lock", "untrained.json"
+LOCK, LOG, UNTRAINED = "run.lock", "train.log", "untrained.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_MADE_BY_A_RUN = (RESULTS, f".*{PARTIAL}", "train.log", "tensorboard", "README.md")
-_MADE_BY_A_RUN += ("adapter_*", "*token*.json", "*.jinja")
-_MADE_ON_THE_WAY = (LOCK, UNTRAINED, FOLDER)
-_MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
-_MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
 
-def _made_by_a_run(path: Path) -> bool:
-    patterns = _MADE_BY_A_RUN + _MADE_ON_THE_WAY + _MADE_BY_TOKENIZERS + _MADE_OF_A_RUN
-    return any(path.match(pattern) for pattern in patterns)
+def _results_in(folder: Path) -> dict | None:
+    """`read_results` of an output folder. UsageError if its results.json is no run's."""
+    try:
+        results = read_results(folder)
+    except RunError as error:
+        raise UsageError(f"{error}: choose another --output_dir, or move it away") from error
+    if results is not None and "export" in results:
+        raise UsageError(f"{folder} holds an exported model: choose another --output_dir")
+    return results
+
+
+def _made_of_a_run(folder: Path) -> list[str]:
+    """What was made of a finished run whose results.json is gone: the files that were listed after it."""
+    names = list(ownership.listed(folder))
+    after = names[names.index(RESULTS) + 1 :] if RESULTS in names else []
+    return [name for name in after if name != LOG and (folder / name).exists()]
 
 
 def _differences(old, new: dict) -> str:
@@ -119,8 +131,8 @@ def _differences(old, new: dict) -> str:
 def run(settings: Settings, resume: bool = False) -> dict:
     """Carry out a run and return what its results.json holds.
 
-    What an earlier run left in the output folder is replaced once model and data are there, but with `resume` its
-    newest checkpoint is gone on from, if it has one. RunError if another process works in the folder.
+    What an earlier run has written in the output folder is removed once model and data are there, but with `resume` the
+    run resumes from its newest checkpoint, if it has one. RunError if another process works in the folder.
     """
     with only_run_in(Path(settings.output_dir)):
         return _run(settings, resume)
@@ -132,6 +144,7 @@ def _run(settings: Settings, resume: bool) -> dict:
     transformers.set_seed(settings.seed)
     accelerator = processes.accelerator(settings.mixed_precision)
     folder = Path(settings.output_dir)
+    commit = commit_of_project()  # of the code that is running, whatever is checked out meanwhile
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
@@ -142,7 +155,7 @@ def _run(settings: Settings, resume: bool) -> dict:
     if accelerator.is_main_process:
         if checkpoint is None:
             _clear(folder)
-        _log_to(folder / "train.log", append=checkpoint is not None)
+        _log_to(folder / LOG)
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
@@ -168,11 +181,6 @@ def _run(settings: Settings, resume: bool) -> dict:
         # The test split last: train.log ends with its perplexity.
         scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
         untrained = scores["test"] if settings.eval_only else untrained
-    if writer is not None:
-        for split, result in scores.items():
-            writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
-        writer.flush()
-
     results = {
         "method": settings.method,
         "bound_ratio": settings.bound_ratio,
@@ -201,16 +209,15 @@ def _run(settings: Settings, resume: bool) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
+        "commit": commit,
     }
     weights = trained(model)
     if accelerator.is_main_process:
         if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
             model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
         save_model(model, tokenizer, folder, weights)
-        write_card(folder, results)
-        write_json(folder / RESULTS, results)
-        tidy(settings)
-        remove_partial(folder)
+        write_json(folder / RESULTS, results)  # the run is finished: what follows can be made again
+        finish(settings, results, writer)
     return results
 
 
@@ -228,24 +235,52 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     return processes.together(same)
 
 
-def tidy(settings: Settings) -> None:
-    """Remove what a finished run has on the way; one that was killed when its results were there still has it."""
-    checkpoints_of(settings).clear()
-    (Path(settings.output_dir) / UNTRAINED).unlink(missing_ok=True)
+def finish(settings: Settings, results: dict, writer: Scalars | None = None) -> None:
+    """What is left to do when the results are on disk: write the card, remove what was needed on the way.
+
+    Whatever goes wrong is a line on stderr: the results are there, and the same command tries again.
+    """
+    folder = Path(settings.output_dir)
+    try:
+        if writer is not None:
+            for split, scores in (("test", results), ("validation", results["validation"])):
+                if scores:
+                    step = (results["training"] or {"steps": 0})["steps"]
+                    writer.add(f"{split}/perplexity", scores["perplexity"], step)
+            writer.flush()
+        if not (folder / CARD).exists():
+            write_card(folder, results)
+        checkpoints_of(settings).clear()
+        ownership.remove(folder, lambda name: name == UNTRAINED or ownership.is_partial(name))
+        if ownership.LOG in ownership.listed(folder).get(LOG, ()):
+            ownership.announce(folder, {LOG: ownership.sha256((folder / LOG).read_bytes())})
+    except Exception as error:  # a card is made by a library that raises what it likes
+        line = f"warning: the run is finished, but {one_line(error)}: the same command tries again"
+        print(line, file=sys.stderr, flush=True)
 
 
 def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter, and the tokenizer with its sentinels, to `folder`. RunError if the disk refuses.
 
-    `weights` are what `training.trained` has gathered, the model's own by default.
+    `weights` are what `training.trained` has gathered, the model's own by default. UsageError if another's file has the
+    name of one of theirs.
     """
     if isinstance(tokenizer.chat_template, dict):  # their names, which are anybody's, would become names of files
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    staged = None
     try:
-        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        staged = ownership.stage(folder)
+        model.save_pretrained(staged, save_embedding_layers=False, state_dict=weights)
+        (staged / CARD).unlink(missing_ok=True)  # peft's; `write_card` writes a better one
+        tokenizer.save_pretrained(staged)
+        ownership.move_in(staged, folder)
+    except UsageError:
+        raise
     except Exception as error:  # the savers raise whatever their writers do
         raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
+    finally:
+        if staged:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
@@ -272,13 +307,17 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however it ends. RunError if another holds it, or the folder cannot be written.
     """
-    lock = processes.together(_lock, folder, here=processes.state().is_main_process)
+    main = processes.state().is_main_process
+    is_new = [path for path in (folder / LOCK, folder) if not path.exists()] if main else []
+    lock = processes.together(_lock, folder, here=main)
     try:
         yield
     finally:
         if lock is not None:
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / ownership.LIST).exists():  # nothing came of it
+                with suppress(OSError):
+                    for path in is_new:
+                        path.rmdir() if path.is_dir() else path.unlink()
             lock.release()
 
 
@@ -485,11 +524,10 @@ def device_name(device: torch.device) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Make `folder` and take what an earlier run made out of it. RunError if that cannot be."""
+    """Make `folder`, and remove what an earlier run has written there. RunError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (path for path in list(folder.iterdir()) if _made_by_a_run(path) and path.name != LOCK):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        ownership.remove(folder)
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
 
@@ -502,9 +540,13 @@ class _LogFile(logging.FileHandler):
         raise RunError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _log_to(path: Path, append: bool = False) -> None:
+def _log_to(path: Path) -> None:
+    """Write the package's log to the end of a file, a new one or a run's."""
     try:
-        handler = _LogFile(path, mode="a" if append else "w", encoding="utf-8")
+        if ownership.LOG not in ownership.listed(path.parent).get(path.name, ()):
+            ownership.check([path])
+            ownership.announce(path.parent, {path.name: ownership.LOG})
+        handler = _LogFile(path, mode="a", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

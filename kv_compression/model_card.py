@@ -4,17 +4,18 @@ Knows what results.json holds and what a README.md looks like there; nothing is 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from kv_compression import fields
+from kv_compression import fields, ownership
 from kv_compression.errors import RunError, one_line
 from kv_compression.hub import repository_name
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
-from kv_compression.results import write_text
+from kv_compression.whole_files import write_whole
 
 CARD = "README.md"
 PAPER = "Context Compression for Auto-regressive Transformers with Sentinel Tokens"
@@ -103,19 +104,21 @@ def model_card(results: dict, name: str) -> str:
 
 
 def write_card(folder: Path, results: dict, repository: str | None = None) -> None:
-    """Write the card of a folder that goes to `repository`; one that somebody has worked on is left alone.
+    """Write the card of a folder that goes to `repository`; a README.md that is not just such a card is left alone.
 
     RunError if results.json lacks what a card needs, or the disk refuses.
     """
     path = folder / CARD
+    # Nothing ever replaces an exported model: its folder keeps no list.
+    write = write_whole if "export" in results else partial(ownership.write, proven=True)
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         named = re.search(r'^run = "(.*)"', old, re.MULTILINE)
-        by_peft = "[More Information Needed]" in old
-        if not old or by_peft or (named and old == model_card(results, named[1])):
-            write_text(path, model_card(results, repository or repository_name(folder.resolve().name)))
+        if not old or (named and old == model_card(results, named[1])):
+            card = model_card(results, repository or repository_name(folder.resolve().name))
+            write(path, card.encode("utf-8"))
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"results.json of {folder} does not tell what a card needs: {one_line(error)}") from error
 

@@ -99,9 +99,7 @@ class Settings:
 
     def identity(self) -> dict:
         """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
-        ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
-        ignored |= {"checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"}
-        settings = {name: value for name, value in asdict(self).items() if name not in ignored}
+        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RESULT}
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
@@ -113,14 +111,15 @@ class Settings:
         trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
         return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
-    def check(self) -> None:
-        """Raise UsageError for values that no run can have."""
+    def check(self, in_blocks: bool = True) -> None:
+        """Raise UsageError for values that no run can have, and unless not `in_blocks`, if its spans do not fit one."""
         for field in fields(self):
             value = getattr(self, field.name)
             if not _is_of_type(value, field.type):
                 raise UsageError(f"--{field.name} cannot be {value!r}")
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method}: choose from {', '.join(METHODS)}")
+        for name, choices in {"method": METHODS, "preset": PRESETS, **_CHOICES}.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         try:
             check_ratio(self.bound_ratio)
         except ValueError as error:
@@ -149,16 +148,13 @@ class Settings:
             )
         if not 0 <= self.distill_weight <= 1:
             raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         if self.checkpoint_interval() == (None, None):
             raise UsageError(
                 f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100), of minutes (10m) "
                 "or epoch"
             )
         self._check_options()
-        if self.method == "kv_compression" and self.protocol == "matched":
+        if in_blocks and self.method == "kv_compression" and self.protocol == "matched":
             plan = self.span_plan()
             try:
                 first, last = plan.sink_tokens, self.block_size - plan.recent_tokens
@@ -186,6 +182,11 @@ class Settings:
             raise UsageError("--spacy_model needs --span_unit phrase or sentence")
         if self.documents != "auto" and not (self.isolate_documents or self.position_ids_by_document):
             raise UsageError(f"--documents {self.documents} needs --isolate_documents or --position_ids_by_document")
+        if self.method == "kv_compression" and self.max_span_length <= self.cr_tokens:
+            raise UsageError(
+                f"--max_span_length {self.max_span_length} must be above --cr_tokens {self.cr_tokens}: a span leaves "
+                "as many entries as it has <CR>"
+            )
 
     def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
@@ -264,6 +265,10 @@ _LEAST = {
     "sentinel_learning_rate": 0,
 }
 
+_NOT_OF_THE_RESULT = {
+    *("output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"),
+    *("checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"),
+}
 OF_KV_COMPRESSION = (
     "recipe",
     "span_sampler",
@@ -287,6 +292,8 @@ _CHOICES = {
     "cr_visibility": CR_VISIBILITIES,
     "recipe": ("paper", "best"),
     "documents": DOCUMENTS,
+    "attn_implementation": ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"),
+    "mixed_precision": ("no", "bf16"),
 }
 
 BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
@@ -348,6 +355,8 @@ def resolve(explicit: dict) -> Settings:
     """
     given = {name: value for name, value in explicit.items() if value is not None}
     preset, reason = choose_preset(given.pop("preset", "auto"))
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose from auto, {', '.join(PRESETS)}")
     chosen = {"preset": preset, "preset_reason": reason} | PRESETS[preset]
     files = [name for name in ("train_file", "validation_file", "test_file") if name in given]
     if files and "dataset_name" in given:
@@ -357,15 +366,17 @@ def resolve(explicit: dict) -> Settings:
     elif "dataset_name" in given:
         chosen |= {"dataset_config_name": None}
     chosen |= given
-    if chosen.get("mixed_precision", "auto") == "auto":
-        chosen["mixed_precision"] = "bf16" if has_bf16() else "no"
+    automatic = {
+        "mixed_precision": "bf16" if has_bf16() else "no",
+        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
+    }
+    chosen |= {name: value for name, value in automatic.items() if chosen.get(name, "auto") == "auto"}
     # The published code draws spans once, before training.
     if chosen.get("protocol", Settings.protocol) == "paper":
         chosen["fixed_spans"] = True
-    if chosen.get("attn_implementation", "auto") == "auto":
-        chosen["attn_implementation"] = "sdpa" if torch.cuda.is_available() else "grouped"
     if not chosen.get("output_dir"):
-        chosen["output_dir"] = default_output_dir(chosen)
+        plain = {field.name: field.default for field in fields(Settings)} | PRESETS[preset] | automatic
+        chosen["output_dir"] = default_output_dir(chosen, given, plain)
     unknown = set(chosen) - {field.name for field in fields(Settings)}
     assert not unknown, unknown
     settings = Settings(**chosen)
@@ -379,8 +390,8 @@ def resolve(explicit: dict) -> Settings:
     return settings
 
 
-def default_output_dir(chosen: dict) -> str:
-    """`output/<preset>/<method>_<ratio>`, with the protocol and the seed where they are not the preset's."""
+def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
+    """`output/<preset>/<method>_<ratio>`, with all that the user has `given`, decides the result and is not `plain`."""
     protocol = chosen.get("protocol", Settings.protocol)
     name = f"{chosen.get('method', Settings.method)}_{chosen.get('bound_ratio', Settings.bound_ratio)}"
     if protocol != PRESETS[chosen["preset"]].get("protocol", Settings.protocol):
@@ -389,7 +400,32 @@ def default_output_dir(chosen: dict) -> str:
         name += f"_seed{chosen['seed']}"
     if chosen.get("eval_only"):
         name += "_untrained"
+    unnamed = {"method", "bound_ratio", "protocol", "seed", "eval_only", "num_processes", *_NOT_OF_THE_RESULT}
+    unnamed |= {"fixed_spans"} if protocol == "paper" else set()
+    for option in plain:  # in one order, whatever that of the flags
+        if option in given and option not in unnamed and given[option] not in (plain[option], "auto"):
+            name += f"_{_as_name(option, given[option])}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"output/{chosen['preset']}/{name}"
+
+
+_LONGEST_NAME = 150
+
+
+def _as_name(option: str, value) -> str:
+    """A setting as a part of a folder's name: a file by its stem, a model or a dataset by the last part of its name."""
+    if option == "recipe":
+        return str(value)
+    if value is True:
+        return option
+    if option.endswith("_file"):
+        value = Path(str(value)).stem or value
+    elif option in ("model_name_or_path", "dataset_name"):
+        value = Path(str(value)).name or value
+    elif isinstance(value, list | tuple):
+        value = "-".join(map(str, value))
+    return f"{option}-{file_name(str(value))}"
 
 
 def embedded_text() -> dict[str, datasets.Dataset]:

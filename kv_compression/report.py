@@ -12,7 +12,7 @@ from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
-from kv_compression import plots, published
+from kv_compression import ownership, plots, published
 from kv_compression.errors import printable
 from kv_compression.measured import (
     BASELINES,
@@ -161,8 +161,14 @@ OF_A_COMPARISON = {
 
 
 def write(found: Found, folder: Path) -> Path:
-    """Write report.md, its tables and its plots to `folder`; returns the path of report.md, which is written last."""
+    """Write report.md, its tables and its plots to `folder`; returns the path of report.md, which is written last.
+
+    UsageError, before anything is written, if one of these names is that of somebody else's file.
+    """
     report = build(found)
+    tables = [name for name, rows in report.tables.items() if rows]
+    names = ["report.md", *tables, *report.pictures]
+    ownership.check((folder / name for name in names), instead="name another folder with --output_dir")
     for name, rows in report.tables.items():
         if rows:
             text = io.StringIO()
