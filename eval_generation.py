@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kv_compression import fields, strict_json
-from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
+from kv_compression.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
 from kv_compression.records import scores_path
 from kv_compression.results import figure, write_json, write_text
 
@@ -55,12 +55,13 @@ def find_files(paths: list[str]) -> list[Path]:
 def main() -> None:
     """Score what is not scored yet, then show everything."""
     flags = parse()
+    found = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
     from kv_compression import presets, processes
 
     state = processes.state()
     processes.load_whole_models()
-    files = processes.on_main(find_files, flags.paths)
+    files = processes.on_main(lambda: found)
     scored, scorers = {}, {}
     for path in files:
         about, models, made_from, scores = processes.on_main(look_up, path, flags)

@@ -30,7 +30,6 @@ from kv_compression.spans import exact_spans, most_removable, paper_spans, wides
 from kv_compression.strategic import cheapest_spans, fixed_spans
 from kv_compression.tensor_files import digest
 
-SPAN_SAMPLERS = ("random", "fixed", "self_information")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
