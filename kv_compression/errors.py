@@ -122,10 +122,10 @@ def way_in(error: ModuleNotFoundError) -> str:
     package = (error.name or "").split(".")[0]
     if not package or package == __name__.split(".")[0] or (ROOT / f"{package}.py").exists():
         raise error
-    way = "`sh quickstart.sh` makes one that has everything, in .venv"
+    way = "`sh quickstart.sh` sets up .venv with all packages"
     if (ROOT / ".venv" / "bin" / "activate").exists():
-        way = "enter the one that has everything by `. .venv/bin/activate`"
-    return f"{sys.executable} lacks the package {package}: {way}, or `pip install -r requirements.txt`"
+        way = "`. .venv/bin/activate` enters the environment that has all packages"
+    return f"{sys.executable} lacks the package {package}: {way}, or `pip install -r requirements.txt` adds them here"
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,10 +168,10 @@ def nearest(flag: str, known: Iterable[str]) -> str | None:
         return None
     name = flag.split("=")[0].lstrip("-").lower().replace("-", "_")
     names = {one.lstrip("-").lower().replace("-", "_"): one for one in known if one.startswith("--")}
-    parts = [one for one in names if name == "".join(word[0] for word in one.split("_"))]  # lr
-    parts = parts or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
-    near = difflib.get_close_matches(name, parts, 1, cutoff=0) or difflib.get_close_matches(name, names, 1)
-    return names[near[0]] if near else None
+    near = [one for one in names if name == "".join(word[0] for word in one.split("_"))]  # lr
+    near = near or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
+    near += difflib.get_close_matches(name, names, 1, cutoff=0.8 if near else 0.6)
+    return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
 
 
 def ratio(text: str) -> float:

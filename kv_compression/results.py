@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kv_compression import strict_json
-from kv_compression.errors import RunError, one_line, printable, run_script
+from kv_compression.errors import RunError, UsageError, one_line, printable, run_script
 from kv_compression.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
 from kv_compression.whole_files import write_whole
 
@@ -58,6 +58,16 @@ def read_results(folder: Path) -> dict | None:
     except ValueError as error:
         raise RunError(f"{path} {error}") from error
     return content
+
+
+def results_of_run(folder: str) -> dict:
+    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
+    results = read_results(Path(folder))
+    if results is None:
+        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    if "export" in results:
+        raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
+    return results
 
 
 def summary(results: dict) -> str:
