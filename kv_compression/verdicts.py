@@ -33,6 +33,7 @@ from kv_compression.plots import label
 
 ABOUT_AS_LOW = 1.05  # "about as low as, or lower" is read as: at most this times the baseline's perplexity
 SIGNIFICANT = 0.05
+TOO_FEW = "too few documents"
 STEP = 0.1  # of the ratio, between neighbours on the grid
 # What this project aims at with its variants, by the share truly removed: `beyond` says of what, as shares.
 AIMS = {0.5: {"sink": 1.0, "best_sink": 1.0, "full": 1.15}, 0.9: {"gap": 0.5, "sink": 0.75, "best_sink": 0.75}}
@@ -310,7 +311,7 @@ def _gap(point: Point, plain: Point | None, full: Point | None, aim: float | Non
 
 def judge_claim_2(scores: Sequence[Score], protocol: str) -> list[dict]:
     """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
-    from kv_compression.scoring import bootstrap, paired_p_value
+    from kv_compression.scoring import FEWEST_DOCUMENTS, bootstrap, paired_p_value
 
     rows = []
     for baseline in BASELINES:
@@ -327,6 +328,7 @@ def judge_claim_2(scores: Sequence[Score], protocol: str) -> list[dict]:
                 p_value = paired_p_value(first, second)
                 better = (estimate.mean < 0) == (metric == "perplexity")
                 verdict = "no difference shown" if p_value >= SIGNIFICANT else "holds" if better else "reversed"
+                verdict = TOO_FEW if len(common) < FEWEST_DOCUMENTS else verdict
                 rows.append(
                     {
                         "comparison": PROTOCOLS[protocol],
