@@ -153,6 +153,20 @@ def kept_keys(curves: Sequence[Sequence], variants: Sequence[tuple]) -> Picture:
     return Picture([Panel(PERPLEXITY, drawn, "", words, log_x=True)], _bars(drawn))
 
 
+def one_ratio(runs: Sequence[tuple[str, str, float]]) -> Picture:
+    """Test perplexity of methods side by side: of `(method, name, perplexity)` of one run each."""
+    curves, ticks = [], {}
+    for method, name, value in sorted(runs, key=lambda run: run[2]):
+        if method == published.FULL:
+            curves.append(_of_method(method, f"{name}: {value:.1f}", [(0.0, value, value, value)]))
+            continue
+        place = float(len(ticks))
+        ticks[place] = name
+        look = _of_method(method, "", [(place, value, value, value)], "", size=9)
+        curves.append(replace(look, names=[f"{value:.1f}"]))
+    return Picture([Panel(PERPLEXITY, curves, x_ticks=ticks, rooms=True)])
+
+
 def front(marks: Sequence[tuple]) -> list[tuple]:
     """Of marks `((x, y, …), name)` those that no other is left of and below, from left to right."""
     found = []
