@@ -186,7 +186,7 @@ def build(found: Found) -> Report:
     report.say(
         f"Made by `report.py`: {found.summary()}. Paths are relative to the folder that was searched. Perplexity is "
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
-        "dash is what was not measured."
+        "dash is what was not measured. Each plot is there as an SVG, too."
     )
     for count, group in enumerate(found.groups, start=1):
         _group_section(report, group, count)
