@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kv_compression import fields, ownership, records, strict_json
-from kv_compression.errors import Parser, UsageError, printable, quiet_libraries, run_script
+from kv_compression.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
 from kv_compression.records import is_scorable, scores_path
 from kv_compression.results import figure, write_json, write_text
 
@@ -66,12 +66,13 @@ def find_files(paths: list[str]) -> list[Path]:
 def main() -> None:
     """Score what is not scored yet, then show everything."""
     flags = parse()
+    named = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
     from kv_compression import presets, processes
 
     state = processes.state()
     processes.load_whole_models()
-    files = processes.on_main(find_files, flags.paths)
+    files = processes.on_main(lambda: named)
     folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
     csv_path = Path(flags.csv or folder / "scores.csv")
     found = {path: processes.on_main(look_up, path, flags) for path in files}
@@ -91,7 +92,7 @@ def main() -> None:
             print(printable(f"{path}: not scored: {trouble}"))
     if state.is_main_process:
         table = [row(path, scores) for path, scores in scored.items()]
-        print(render(table))
+        print(render(table, names_of(scored)))
         for line in comparisons(scored):
             print(line)
         write_csv(csv_path, table)
@@ -166,8 +167,8 @@ def row(path: Path, scores: dict) -> dict:
     return line | {"perplexity_token_weighted": scores["perplexity_token_weighted"], "file": str(path)}
 
 
-def render(table: list[dict]) -> str:
-    """The table as text: means with 95% confidence intervals."""
+def render(table: list[dict], names: dict[Path, str]) -> str:
+    """The table as text, with the files' `names`: means with 95% confidence intervals."""
 
     def cell(line, metric, digits):
         if line[metric] is None:
@@ -178,7 +179,7 @@ def render(table: list[dict]) -> str:
     head = ("method", "ratio", "documents", "cache", "ROUGE-L", "BERTScore", "perplexity", "token-weighted")
     lines = [head] + [
         (
-            str(line["method"]),
+            names[Path(line["file"])],
             str(line["bound_ratio"]),
             str(line["num_documents"]),
             figure(line["cache_fraction"], 3),
@@ -196,16 +197,12 @@ def render(table: list[dict]) -> str:
 def comparisons(scored: dict[Path, dict]) -> list[str]:
     """For every two methods at one ratio on the same documents: the difference of means and its p-value.
 
-    Where a method has several files at a ratio (seeds, protocols, variants), its file is named.
+    Where a method has several files at a ratio (seeds, protocols, variants), its file is named. So few documents that
+    no p-value could be small are not compared.
     """
-    from kv_compression.scoring import paired_p_value
+    from kv_compression.scoring import FEWEST_DOCUMENTS, least_p_value, paired_p_value
 
-    lines = []
-    kinds = Counter(map(kind, scored.values()))
-    names = {
-        path: printable(f"{scores.get('method')}" + f" ({path.parent.name}/{path.name})" * (kinds[kind(scores)] > 1))
-        for path, scores in scored.items()
-    }
+    lines, too_few, names = [], 0, names_of(scored)
     for (path, one), (other_path, other) in itertools.combinations(scored.items(), 2):
         same = ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model"]
         methods = [scores.get("method") for scores in (one, other)]
@@ -214,6 +211,10 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
         if None in methods or methods[0] == methods[1] or any(one.get(name) != other.get(name) for name in same):
             continue
         if one.get("documents_sha256") is None:
+            continue
+        common = len(one["documents"].keys() & other["documents"].keys())
+        if common < FEWEST_DOCUMENTS:
+            too_few = max(too_few, common)
             continue
         parts = []
         for metric in METRICS:
@@ -228,7 +229,20 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
                 parts.append(f"{metric} {difference:+.4f} (p = {paired_p_value(first, second):.4f})")
         ratio = max(scores.get("bound_ratio") or 0 for scores in (one, other))
         lines.append(f"{names[path]} − {names[other_path]} at {ratio}: {', '.join(parts)}")
+    if too_few:
+        least = f"{least_p_value(too_few):g}"
+        lines.append(f"differences are not tested: of {too_few} documents no p-value can fall below {least}")
     return lines
+
+
+def names_of(scored: dict[Path, dict]) -> dict[Path, str]:
+    """What each file is called: its method and, where several have that method and ratio, the file."""
+    kinds = Counter(map(kind, scored.values()))
+    names = {}
+    for path, scores in scored.items():
+        file = path.parent.name if path.name == "generation.jsonl" else f"{path.parent.name}/{path.name}"
+        names[path] = printable(f"{scores.get('method')}" + f" ({file})" * (kinds[kind(scores)] > 1))
+    return names
 
 
 def kind(scores: dict) -> tuple:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from kv_compression import results
 from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
 
 
@@ -28,8 +29,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Export what is not exported yet, and upload it if that is asked for."""
     flags = parse()
+    results.results_of_run(flags.model_dir)  # before the seconds that the imports take
     quiet_libraries()
-    from kv_compression import export, hub, model_card, results
+    from kv_compression import export, hub, model_card
 
     output = Path(flags.output_dir)
     repository = None if flags.push_to_hub is None else hub.destination(flags.push_to_hub, output)

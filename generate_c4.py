@@ -9,7 +9,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
+from kv_compression.errors import Parser, UsageError, is_main_process, quiet_libraries, ratio, run_script
+from kv_compression.results import results_of_run
 from run_clm import METHODS
 
 
@@ -67,6 +68,8 @@ def pick(flags: argparse.Namespace, preset: str) -> list:
 def main() -> None:
     """Generate what is missing."""
     flags = parse()
+    if is_main_process():  # before the seconds that the imports take
+        results_of_run(flags.model_dir)
     quiet_libraries()
     from tqdm.auto import tqdm
 

@@ -6,7 +6,7 @@ Parses flags, calls `kv_compression.report`, prints where the report is.
 import sys
 from pathlib import Path
 
-from kv_compression.errors import Parser, UsageError, run_script
+from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
 
 
 def parse(argv: list[str] | None = None):
@@ -22,6 +22,7 @@ def parse(argv: list[str] | None = None):
 def main() -> None:
     """Collect, compare, write."""
     flags = parse()
+    quiet_libraries()
     from kv_compression import measured, report
 
     folder = Path(flags.folder)

@@ -4,20 +4,23 @@ Parses flags, calls `kv_compression.experiment`, prints. `python run_clm.py --he
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from kv_compression import presets
 from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
-METHODS = ["full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention"]
-LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-LR_SCHEDULERS += ["inverse_sqrt"]
+METHODS = list(presets.METHOD_NAMES)
 
 
-def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
-    """The flags that were given, by the names of `Settings`, and whether to overwrite and to resume."""
+def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, bool]:
+    """The flags that were given, by the names of `Settings`, and whether to overwrite and to resume.
+
+    `also` are other flags that a misspelt one may have meant.
+    """
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--method", choices=METHODS)
+    add("--method", choices=METHODS, help="required")
     add("--bound_ratio", type=ratio, help="compression ratio, 0 … below 1 (0)")
     add("--preset", choices=["auto", "paper", "embedded"], help="paper needs a GPU and the hub (auto)")
     add("--protocol", choices=["paper", "matched"], help="how text becomes blocks and spans (the preset's)")
@@ -52,7 +55,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--num_train_epochs", type=int, help="(3)")
     add("--max_train_steps", type=int, help="optimizer steps, overrides the epochs (embedded: 16)")
     add("--num_warmup_steps", type=int, help="(0)")
-    add("--lr_scheduler_type", choices=LR_SCHEDULERS, help="(linear)")
+    add("--lr_scheduler_type", choices=presets.LR_SCHEDULERS, help="(linear)")
     add("--max_eval_blocks", type=int, help="score only the first blocks of a split (all; embedded: 24)")
     add("--r", type=int, help="LoRA's rank (16)")
     add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
@@ -75,7 +78,7 @@ def parse(argv: list[str] | None = None) -> tuple[dict, bool, bool]:
     add("--overwrite", action="store_true", help="replace what the output folder holds")
     add("--push_to_hub", nargs="?", const="", metavar="REPO", help="upload the finished run (named as its folder)")
     add("--hub_private", action="store_true", default=None, help="a repository that --push_to_hub makes is private")
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(argv, also=also))
     if flags["lora_target_modules"]:
         flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
     return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint") is not None
@@ -87,8 +90,14 @@ def main() -> None:
     asked, private = flags.pop("push_to_hub"), flags.pop("hub_private")
     if private and asked is None:
         raise UsageError("--hub_private needs --push_to_hub")
+    if flags["method"] is None:
+        example = "python run_clm.py --method kv_compression --bound_ratio 0.5"
+        raise UsageError(
+            f"--method is missing: choose from {', '.join(METHODS)}, as in {example}; --help has all flags"
+        )
     quiet_libraries()
-    from kv_compression import experiment, hub, model_card, presets, processes, results
+    presets.check_flags(flags)  # before the seconds that the imports take
+    from kv_compression import experiment, hub, model_card, processes, results
 
     state = processes.state()
 

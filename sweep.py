@@ -4,14 +4,16 @@ Parses flags, calls `kv_compression.sweep`. Flags that are not its own are passe
 """
 
 import argparse
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import run_clm
-from kv_compression.errors import Parser, RunError, UsageError, quiet_libraries, ratio, run_script
+from kv_compression import presets
+from kv_compression.errors import Parser, RunError, UsageError, command_line, quiet_libraries, ratio, run_script
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
@@ -20,8 +22,8 @@ OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size", "
 OF_CLAIM_2 += ("compress_generated",)
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this script, and those to pass on."""
+def parse() -> tuple[argparse.Namespace, dict]:
+    """The flags of this script, and those for run_clm.py by name."""
     parser = Parser(
         description=__doc__.splitlines()[0], epilog="Any other flag is passed on to run_clm.py.", allow_abbrev=False
     )
@@ -54,7 +56,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         raise UsageError(f"--claim_timeout must be at least 1, got {flags.claim_timeout}")
     if flags.folder and Path(flags.folder).exists() and not Path(flags.folder).is_dir():
         raise UsageError(f"--folder {flags.folder} is a file")
-    return flags, passed
+    return flags, to_pass_on(passed, parser.options())
 
 
 def several(kind: Callable) -> Callable[[str], list]:
@@ -74,12 +76,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def to_pass_on(flags: list[str]) -> dict:
-    """The flags for run_clm.py by name, with paths that hold wherever it is called.
+def to_pass_on(flags: list[str], own: Iterable[str]) -> dict:
+    """The flags for run_clm.py by name, with paths that hold wherever it is called; `own` are this script's flags.
 
     UsageError if the sweep sets one itself, or a file is not there.
     """
-    given, overwrite, _ = run_clm.parse(flags)
+    given, overwrite, _ = run_clm.parse(flags, also=own)
     given = {name: value for name, value in given.items() if value is not None}
     ours = [name for name in SET_HERE if name in given] + ["overwrite"] * overwrite
     if ours:
@@ -93,19 +95,37 @@ def to_pass_on(flags: list[str]) -> dict:
     return given
 
 
-def main() -> None:
-    """Run what is missing, or show it."""
-    flags, passed = parse()
-    given = to_pass_on(passed)
-    quiet_libraries()
-    from kv_compression import presets, sweep
-    from kv_compression.claims import Claims
-    from kv_compression.visibility import METHODS
-
-    for name, known in (("methods", METHODS), ("protocols", ("paper", "matched"))):
+def check(flags: argparse.Namespace, given: dict) -> None:
+    """Raise UsageError for what no run can have; loads no torch."""
+    for name, known in (("methods", run_clm.METHODS), ("protocols", ("paper", "matched"))):
         for value in getattr(flags, name):
             if value not in known:
                 raise UsageError(f"--{name} {value}: choose from {', '.join(known)}")
+    if "kv_compression" in (flags.methods or run_clm.METHODS):  # which may have all options
+        for ratio, protocol in itertools.product(flags.ratios or RATIOS, flags.protocols or [None]):
+            of_a_run = {"method": "kv_compression", "bound_ratio": ratio, "protocol": protocol, "preset": flags.preset}
+            presets.check_flags(given | of_a_run)
+
+
+def show(folder: Path, names: list[str]) -> None:
+    """Print the table of the runs of these names that are finished, and how to get the report."""
+    from kv_compression import results
+
+    found = [run for name in names if (run := results.read_results(folder / name)) and not run.get("eval_only")]
+    if found:
+        print(results.table(found))
+        print(f"plots, tables and verdicts: {command_line('report.py', folder)}")
+
+
+def main() -> None:
+    """Run what is missing, or show it."""
+    flags, given = parse()
+    quiet_libraries()
+    check(flags, given)
+    from kv_compression import sweep
+    from kv_compression.claims import Claims
+    from kv_compression.visibility import METHODS
+
     preset, _ = presets.choose_preset(flags.preset)
     protocols = flags.protocols or [presets.PRESETS[preset].get("protocol", presets.Settings.protocol)]
     name = "gradient_accumulation_steps"
@@ -133,12 +153,14 @@ def main() -> None:
         raise SystemExit(130) from None
     except OSError as error:
         raise RunError(f"the sweep cannot go on in {folder}: {error}") from error
+    if not flags.dry_run:
+        if not failed:
+            print(f"all {len(jobs)} runs are finished, in {folder}")
+        show(folder, [job.name for job in jobs])
     for name, reason in failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if failed:
         raise SystemExit(1)
-    if not flags.dry_run:
-        print(f"all {len(jobs)} runs are finished, in {folder}")
 
 
 if __name__ == "__main__":

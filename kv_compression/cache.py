@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kv_compression.errors import RunError, UsageError, one_line
-from kv_compression.fields import is_count
+from kv_compression.fields import check_ratio, is_count
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
-from kv_compression.methods.rule import NEVER, History, Rule, Tokens, check_ratio, rows_of
+from kv_compression.methods.rule import NEVER, History, Rule, Tokens, rows_of
 from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
 

@@ -34,8 +34,6 @@ from kv_compression.tensor_files import digest
 if TYPE_CHECKING:
     import datasets  # else where it is used: it takes a second, and the library does without
 
-SPAN_SAMPLERS = ("random", "fixed", "self_information")
-DOCUMENTS = ("auto", "rows", "articles")
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText

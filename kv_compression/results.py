@@ -3,10 +3,11 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from kv_compression import ownership, strict_json
-from kv_compression.errors import RunError, one_line, run_script
+from kv_compression.errors import RunError, UsageError, one_line, printable, run_script
 from kv_compression.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
 
 RESULTS = "results.json"
@@ -66,11 +67,21 @@ def read_results(folder: Path) -> dict | None:
     return content
 
 
+def results_of_run(folder: str) -> dict:
+    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
+    results = read_results(Path(folder))
+    if results is None:
+        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    if "export" in results:
+        raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
+    return results
+
+
 def summary(results: dict) -> str:
     """One line on a run: what was measured, then how."""
     trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(_untrained(results))}"
     return (
-        f"{results['method']} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
+        f"{name_of(results)} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
         f"({trained}), {figure(results.get('num_targets'), 0)} tokens, "
         f"removed {figure(results['removed_fraction'], 3)}, "
         f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
@@ -78,27 +89,35 @@ def summary(results: dict) -> str:
     )
 
 
-COLUMNS = ("method", "ratio", "removed", "attended", "perplexity", "untrained", "seconds")
+def name_of(run: dict) -> str:
+    """The method of a run, with its recipe where that is not the paper's."""
+    recipe = run["settings"].get("recipe", "paper")
+    return run["method"] + ("" if recipe == "paper" else printable(f", recipe {recipe}"))
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "method": name_of,
+    "ratio": lambda run: str(run["bound_ratio"]),
+    "protocol": lambda run: run["protocol"],
+    "seed": lambda run: str(run["seed"]),
+    "removed": lambda run: figure(run["removed_fraction"], 3),
+    "attended": lambda run: figure(run.get("attended_fraction"), 3),
+    "perplexity": lambda run: figure(run["perplexity"]),
+    "untrained": lambda run: figure(_untrained(run)),
+    "seconds": lambda run: figure(run.get("wall_seconds"), 0),
+}
 
 
 def table(runs: list[dict]) -> str:
-    """Runs as a plain-text table, a line each."""
-    rows = [COLUMNS] + [
-        (
-            run["method"],
-            str(run["bound_ratio"]),
-            figure(run["removed_fraction"], 3),
-            figure(run.get("attended_fraction"), 3),
-            figure(run["perplexity"]),
-            figure(_untrained(run)),
-            figure(run.get("wall_seconds"), 0),
-        )
-        for run in runs
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Runs as a plain-text table, a line each; without columns that say nothing here."""
+    columns = [[name, *map(tell, runs)] for name, tell in COLUMNS.items()]
+    alike = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
+    idle = {"protocol", "seed"} & alike.keys() | ({"untrained"} if alike.get("untrained") == "-" else set())
+    columns = [column for column in columns if column[0] not in idle]
+    widths = [max(map(len, column)) for column in columns]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
+        for row in zip(*columns)
     )
 
 

@@ -24,6 +24,7 @@ from kv_compression.sentinels import unended
 from kv_compression.words import folded_runs
 
 RESAMPLES = 10_000
+FEWEST_DOCUMENTS = 6  # that can show a difference: of five no p-value can fall below 0.05
 SKIPPED = (
     "records without an index of their own",
     "missing references",
@@ -162,6 +163,11 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], seed: int = 
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(differences)))
     extreme = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
     return float((extreme.sum() + 1) / (RESAMPLES + 1))
+
+
+def least_p_value(documents: int) -> float:
+    """The least that `paired_p_value` of so many documents can be: where all differences have one sign."""
+    return min(2.0 ** (1 - documents), 1.0)
 
 
 class Scores(NamedTuple):

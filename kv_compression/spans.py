@@ -7,8 +7,10 @@ import random
 
 import numpy as np
 
-from kv_compression.visibility import check_ratio
+from kv_compression.fields import check_ratio
 
+SPAN_SAMPLERS = ("random", "fixed", "self_information")
+UNITS = ("token", "phrase", "sentence")  # of self_information
 SHORTEST_PAPER_LINE = 30  # words; the published sampler leaves shorter lines alone
 
 Span = tuple[int, int]

@@ -163,28 +163,34 @@ def tiny_scorers(tiny_model, monkeypatch):
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):
     monkeypatch.chdir(runs)
     for method in ("kv_compression", "local_attention"):
-        assert generate(runs, method) == 0
+        assert generate(runs, method, "--num_documents", 6, "--overwrite") == 0
     local = runs / "output" / "local_attention" / "generation.jsonl"
     with local.open("a") as file:
-        file.write('{"index": 99, "continuations": [""]}\n{"index": 5, "reference": "a cat", "contin')
+        file.write('{"index": 99, "continuations": [""]}\n{"index": 6, "reference": "a cat", "contin')
     capsys.readouterr()
     assert run(eval_generation) == 0
     out = capsys.readouterr().out
     assert "1 missing references; 1 half-written or damaged lines" in out
     table = [line.split() for line in out.splitlines() if line.startswith(("kv_", "local_"))]
-    assert [line[:3] for line in table[:2]] == [["kv_compression", "0.5", "5"], ["local_attention", "0.5", "5"]]
+    assert [line[:3] for line in table[:2]] == [["kv_compression", "0.5", "6"], ["local_attention", "0.5", "6"]]
     assert "kv_compression − local_attention at 0.5: rouge_l" in out
     assert out.count("p = ") == 3
 
     scores = json.loads((runs / "output" / "kv_compression" / "scores.json").read_text())
-    assert len(scores["documents"]) == 5
+    assert len(scores["documents"]) == 6
     named = eval_generation.comparisons(
         {Path(f"{name}/scores.json"): scores | {"method": name[:-1]} for name in ("kv1", "kv2", "local1")}
     )
     both = ["kv (kv1/scores.json) − local at 0.5", "kv (kv2/scores.json) − local at 0.5"]
     assert [line.split(":")[0] for line in named] == both
+    five = {index: document for index, document in scores["documents"].items() if index != "0"}
+    few = {Path(f"{name}.jsonl"): scores | {"method": name, "documents": five} for name in ("kv", "local", "sink")}
+    line = "differences are not tested: of 5 documents no p-value can fall below 0.0625"
+    assert eval_generation.comparisons(few) == [line]
+    several = {Path(f"{name}/generation.jsonl"): scores for name in ("one", "two")}
+    assert list(eval_generation.names_of(several).values()) == ["kv_compression (one)", "kv_compression (two)"]
     for metric in ("rouge_l", "bertscore", "perplexity"):
-        mean = sum(document[metric] for document in scores["documents"].values()) / 5
+        mean = sum(document[metric] for document in scores["documents"].values()) / 6
         assert scores[metric]["mean"] == pytest.approx(mean)
         assert scores[metric]["low"] <= mean <= scores[metric]["high"]
     with (runs / "output" / "scores.csv").open() as file:

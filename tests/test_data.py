@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data, information, presets
+from kv_compression import data, information, presets, spans
 from kv_compression.errors import RunError, UsageError
 from kv_compression.sentinels import add_sentinels
 from tests import slow_rules
@@ -288,7 +288,7 @@ def test_spans_within_documents(lengths, ratio, sinks, recent):
     assert all(one[1] < other[0] for one, other in zip(spans, spans[1:]))
 
 
-@pytest.mark.parametrize("sampler", data.SPAN_SAMPLERS)
+@pytest.mark.parametrize("sampler", spans.SPAN_SAMPLERS)
 def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
     tokens = torch.arange(3, 67).repeat(2, 1)
     wanted = data.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)

@@ -146,7 +146,7 @@ def use_scores(found: dict) -> None:
     other = GOOD_SCORES | {"method": "local_attention", "documents_sha256": found.get("documents_sha256")}
     scored = {Path("a.jsonl"): found, Path("b.jsonl"): other}
     table = [eval_generation.row(path, scores) for path, scores in scored.items()]
-    assert len(eval_generation.render(table).splitlines()) == 3
+    assert len(eval_generation.render(table, eval_generation.names_of(scored)).splitlines()) == 3
     assert all(line.isprintable() for line in eval_generation.comparisons(scored))
     buffer = io.StringIO()
     csv.DictWriter(buffer, list(table[0])).writerows(table)

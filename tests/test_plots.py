@@ -34,8 +34,58 @@ def test_the_ticks_of_a_log_axis_are_there_and_do_not_overlap(span, least):
     low, high = axes.get_ylim()
     shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = sorted((label.get_window_extent() for label in shown if label.get_text()), key=lambda box: box.y0)
-    assert len(boxes) >= 2 or span > 1e4
+    assert len(boxes) >= 2
     assert all(one.y1 <= other.y0 for one, other in zip(boxes, boxes[1:]))
+    places = [tick.get_loc() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert min(places) <= least * (1 + 1e-6)
+    assert max(places) >= least * span * (1 - 1e-6)
+
+
+def test_every_axis_has_ticks_up_to_its_last_point(tmp_path):
+    found = points_of(tmp_path, results("full_attention", 0.0), *grid(seeds=(0, 1)))
+    pictures = [plots.measured(curves_of(found)), plots.kept_keys(curves_of(found), [])]
+    pictures += [plots.nominal(curves_of(found), "model", same) for same in (False, True)]
+    pictures += [
+        plots.scores(measured.collect(write(tmp_path / "s", *(scores(m) for m in measured.METHODS))).scores[0])
+    ]
+    for picture in pictures:
+        figure = Figure(layout="constrained")
+        all_axes = figure.subplots(1, len(picture.panels), squeeze=False, sharey=picture.share_y)[0]
+        for axes, panel in zip(all_axes, picture.panels):
+            plots._draw_panel(axes, panel, picture.panels if picture.share_y else ())
+        for axes, panel in zip(all_axes, picture.panels):
+            points = [point for curve in panel.curves for point in curve.points]
+            low, high = min(min(point[1:]) for point in points), max(max(point[1:]) for point in points)
+            assert axes.get_ylim()[0] <= min(axes.get_yticks()) <= low < high <= max(axes.get_yticks())
+            assert max(axes.get_yticks()) <= axes.get_ylim()[1]
+            x = [point[0] for curve in panel.curves for point in curve.points if not curve.level]
+            if not panel.rooms:
+                assert axes.get_xlim()[0] <= min(axes.get_xticks()) <= min(x)
+                assert max(x) <= max(axes.get_xticks()) <= axes.get_xlim()[1]
+
+
+def test_all_curves_begin_at_full_attention_and_are_joined_alike(tmp_path):
+    sparse = grid(ratios=(0.5, 0.9))
+    found = points_of(tmp_path, *sparse)
+    full = sparse[0]["perplexity"]
+    starts = {"measured": [(0.0, full), (1.0, full)], "kept_keys": [(128.0, full)], "nominal": [(0.0, full)]}
+    starts["shape"] = [(0.0, 1.0)]
+    tuned = [curve for curve in curves_of(found) if curve[0].method != "full_attention"]
+    pictures = {
+        "measured": plots.measured(curves_of(found)),
+        "kept_keys": plots.kept_keys(curves_of(found), []),
+        "nominal": plots.nominal(curves_of(found), "model", False),
+        "shape": plots.shape(tuned, full),
+    }
+    for name, picture in pictures.items():
+        for panel, start in zip(picture.panels, starts[name]):
+            own = [curve for curve in panel.curves if not curve.level and not curve.muted and curve.line]
+            assert [len(curve.points) for curve in own] == [2] * 4
+            assert all(curve.start == pytest.approx(start) for curve in own)
+            axes = Figure().subplots()
+            plots._draw_panel(axes, panel)
+            solid = [line.get_xydata()[0].tolist() for line in axes.get_lines() if line.get_linestyle() == "-"]
+            assert solid.count(list(start)) == 4
 
 
 def test_only_what_has_two_points_is_drawn(tmp_path):
@@ -77,6 +127,10 @@ def test_kept_keys_name_the_best_variants_by_number(tmp_path):
     assert set(best.names) == at.keys() - beaten
     plots.draw(tmp_path / "a.png", plots.kept_keys(curves, variants))
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert b"KV compression, protocol paper" in drawn
+    plots.draw(tmp_path / "a.png", plots.kept_keys(curves, variants))
+    assert (tmp_path / "a.svg").read_bytes() == drawn
 
 
 def test_names_of_points_that_lie_together_are_written_as_one():

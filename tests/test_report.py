@@ -525,6 +525,7 @@ def test_the_script_writes_everything_and_the_same_again(tmp_path):
         assert 900 <= width <= 1500
         assert 500 <= height <= 1200
         assert f"({path.name})" in text
+        assert path.with_suffix(".svg").read_text().startswith("<?xml")
     with open(folder / "report_runs.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 93
     assert text.index("## Verdicts") > text.index("### Missing runs")
@@ -585,3 +586,39 @@ def test_a_folder_that_cannot_be_written_to_is_one_line_and_exit_status_1(tmp_pa
     done = run_script(tmp_path, "--output_dir", tmp_path / "file" / "out")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
+
+
+def trained(run: dict, steps: int, targets: int) -> dict:
+    """The run with what it was trained on and scored on."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "block_size": 256}
+    return run | {"training": {"steps": steps}, "num_targets": targets, "settings": run["settings"] | sizes}
+
+
+@pytest.mark.parametrize(
+    ("steps", "targets", "words"),
+    [
+        (50, 30_000, None),
+        (2, 30_000, "trained on 24 blocks of 256 tokens (the paper's recipe: 28,000)."),
+        (24, 30_000, None),
+        (23, 30_000, "trained on 276 blocks"),
+        (50, 510, "A demonstration, not a measurement: scored on 510 tokens (the paper: 280,000)."),
+    ],
+)
+def test_verdicts_of_little_training_say_so(tmp_path, steps, targets, words):
+    runs = [trained(run, steps, targets) for run in (*grid(ratios=(0.5,)), results(recent_tokens=9, kept=60))]
+    text = text_of(tmp_path, *runs)
+    lines = text[text.index("## Verdicts") :].splitlines()
+    verdicts_on_kv = [line for line in lines if "1 of 9 ratios" in line and "times the baseline's" in line]
+    assert len(verdicts_on_kv) >= 3
+    beyond = text[text.index("## Beyond the paper") :]
+    for line in (*verdicts_on_kv, beyond):
+        assert ("A demonstration, not a measurement: " in line) == (words is not None)
+        assert (words or "") in line
+
+
+def test_verdicts_on_few_documents_are_none(tmp_path):
+    for count, words in ((4, "too few documents at 0.5; 1 of 9 ratios measured"), (20, "holds at 0.5")):
+        pair = scores("kv_compression", better=0.1, count=count), scores("local_attention", count=count)
+        text = text_of(tmp_path / str(count), *pair)
+        assert f"- ROUGE-L: {words}" in text
+        assert f"- perplexity: {words}" in text

@@ -174,6 +174,14 @@ def test_p_values_are_small_for_real_differences_and_even_for_none():
     assert scoring.paired_p_value([1, 2], [1, 2]) == 1
 
 
+def test_few_documents_can_show_nothing():
+    least = [scoring.least_p_value(count) for count in (1, 4, scoring.FEWEST_DOCUMENTS - 1, scoring.FEWEST_DOCUMENTS)]
+    assert least[:2] == [1, 0.125]
+    assert least[2] > 0.05 > least[3]
+    for count, expected in ((4, 0.125), (6, 0.03125)):
+        assert scoring.paired_p_value(np.arange(1.0, count + 1), np.zeros(count)) == pytest.approx(expected, abs=0.01)
+
+
 def constant_bert(references, texts):
     return [0.25] * len(texts)
 

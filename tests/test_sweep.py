@@ -498,7 +498,13 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     flags += ["--folder", tmp_path / "sweep"]
     assert run(script, *flags) == 0
     assert in_this_process == ["run_clm"] * 4
-    assert capsys.readouterr().out.splitlines()[-1] == f"all 4 runs are finished, in {tmp_path}/sweep"
+    *_, done, head, full, compressed, local, command = capsys.readouterr().out.splitlines()
+    assert done == f"all 4 runs are finished, in {tmp_path}/sweep"
+    assert head.split() == ["method", "ratio", "removed", "attended", "perplexity", "seconds"]
+    assert [line.split()[0] for line in (full, compressed, local)] == [
+        *("full_attention", "kv_compression", "local_attention"),
+    ]
+    assert command.endswith(f" report.py {tmp_path}/sweep") or command.endswith(f"/report.py {tmp_path}/sweep")
     trained = ["full_attention_0.0", "kv_compression_0.5", "local_attention_0.5"]
     results = [read_results(tmp_path / "sweep" / name) for name in trained]
     assert [found["untrained"] for found in results] == [None] * 3

@@ -12,18 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kv_compression.fields import check_ratio
 from kv_compression.sentinels import count_text, is_text, next_text_token
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NEVER = 1 << 30  # a text position that no text reaches
 PAIRS_AT_ONCE = 1 << 21  # of a large dense mask: what is computed on the way stays in the processor's cache
-
-
-def check_ratio(ratio: float) -> float:
-    """Return `ratio`, or raise ValueError unless 0 ≤ ratio < 1."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"the compression ratio must be at least 0 and below 1, got {ratio}")
-    return ratio
 
 
 class Tokens(NamedTuple):
