@@ -214,6 +214,7 @@ def training(results: dict) -> dict[str, str]:
         "base model's revision": results.get("model_revision") or "-",
         "device": results["device"],
         "mixed precision": settings["mixed_precision"],
+        "commit of the project": results.get("commit") or "-",
         "wall seconds": number(results.get("wall_seconds")),
         "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }

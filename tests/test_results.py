@@ -50,7 +50,15 @@ def test_what_is_not_results_is_named(tmp_path, content):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"method": "a|b"}, {"bound_ratio": 1}, {"seed": "0"}, {"settings": []}, {"untrained": 3}, {"protocol": {}}],
+    [
+        {"method": "a|b"},
+        {"bound_ratio": 1},
+        {"seed": "0"},
+        {"settings": []},
+        {"untrained": 3},
+        {"protocol": {}},
+        {"commit": "a|b"},
+    ],
 )
 def test_results_with_other_fields_are_named(tmp_path, wrong):
     (tmp_path / results.RESULTS).write_text(json.dumps(RUN | wrong))

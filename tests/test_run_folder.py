@@ -231,6 +231,7 @@ def test_results_name_the_commit(call, monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "commit_of_project", lambda: "0123abc+changes")
     assert call()[0] == 0
     assert json.loads((Path("run") / "results.json").read_text())["commit"] == "0123abc+changes"
+    assert "| commit of the project | 0123abc+changes |" in (Path("run") / "README.md").read_text()
 
 
 def test_a_commit_is_that_of_the_projects_own_checkout(tmp_path, monkeypatch):
