@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.tiny_models import all_names, tiny_model
 from kv_compression.attention import GROUPED, compressed_attention
 from kv_compression.cache import SentinelCache
-from kv_compression.errors import one_line
+from kv_compression.errors import RunError, one_line
 from kv_compression.visibility import KVCompression, LocalAttention, Rule, SinkAttention, TextOnly, dense_mask
 
 CL, CR = 61, 62
@@ -117,7 +118,7 @@ def _refusal(error: Exception) -> bool:
     """Whether the package itself has said no, in words of its own."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = (last.line or "").lstrip().startswith("raise")
-    return said and isinstance(error, ValueError) and "kv_compression" in Path(last.filename).parts
+    return said and isinstance(error, (ValueError, RunError)) and "kv_compression" in Path(last.filename).parts
 
 
 class Checks:
@@ -261,9 +262,9 @@ class Checks:
         position, as sentinels have it, are in it if the layer mixes tokens at all.
         """
         if self.own is None:
-            self.own = keys_read(layer_calls(self.model, TEXT), range(LENGTH))
+            self.own = keys_read(with_gradients(layer_calls(self.model, TEXT)), range(LENGTH))
         with compressed_attention(self.model, rule=rule):
-            patched = layer_calls(self.model, ids)
+            patched = with_gradients(layer_calls(self.model, ids))
         if not patched or len(patched) != len(self.own):
             raise RuntimeError("its layers were not found")
         queries = torch.tensor([5, 7, 10, 14, 15, 18, 22, 25, 26, 33, 34, 38, LENGTH - 1])
@@ -368,7 +369,7 @@ def layer_calls(model: nn.Module, ids: Tensor) -> list[tuple[str, Tensor, Tensor
     def note(layer: nn.Module, args: tuple, kwargs: dict, output):
         leaf = leaves.pop()
         states = next((value for value in tensors_in(output) if is_states(value)), None)
-        if leaf is not None and states is not None and states.requires_grad:
+        if leaf is not None and states is not None:
             calls.append((type(layer).__name__, leaf, states))
 
     for layer in layers_of(model):
@@ -381,6 +382,11 @@ def layer_calls(model: nn.Module, ids: Tensor) -> list[tuple[str, Tensor, Tensor
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def with_gradients(calls: list[tuple[str, Tensor, Tensor]]) -> list[tuple[str, Tensor, Tensor]]:
+    """The calls that the model does not make without gradients."""
+    return [call for call in calls if call[2].requires_grad]
 
 
 def keys_read(calls: list[tuple[str, Tensor, Tensor]], queries) -> list[Tensor]:
@@ -404,7 +410,7 @@ def table(verdicts: list[Verdict]) -> str:
     for verdict in verdicts:
         found = [verdict.largest(column) for column in COLUMNS]
         numbers = ["" if value is None else f"{value:.0e}" if value % 1 else f"{value:.0f}" for value in found]
-        cells = [verdict.name, verdict.status, *numbers, verdict.why.replace("|", "\\|")]
+        cells = [verdict.name, verdict.status, *numbers, textwrap.shorten(verdict.why, 240).replace("|", "\\|")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -419,12 +425,16 @@ Written by `python benchmarks/architectures.py --markdown docs/architectures.md`
 transformers {transformers.__version__} can build, tiny and random: {summary}.
 
 A text of {LENGTH} tokens, windows and chunks of 8. Numbers are largest differences of logits ÷ the largest logit, in
-fp64 where the model can; right is at most {TOLERANCE:.0e}. *full*: the patched model under full attention against the
-untouched one, also with sentinels in the text that nothing sees. *cache*: one pass against a `SentinelCache` that reads piece by piece. *padding*: rows padded on the left
-and on the right, in one pass and through the cache, against each row alone. *compressed*: one masked pass against a
-cache that drops keys, under KV compression (also with a sink and a window), local and sink attention. *others*: eager
-and grouped attention against the usual implementation. *keys*: how many keys the layers read that rule and own pattern
-(window, chunk) forbid, or do not read though both allow it, by gradients.
+fp64 where the model can; right is at most {TOLERANCE:.0e}.
+
+- *full*: the patched model under full attention against the untouched one, also with sentinels that nothing sees.
+- *cache*: one pass against a `SentinelCache` that reads piece by piece.
+- *padding*: rows padded on the left and on the right, in one pass and through the cache, against each row alone.
+- *compressed*: one masked pass against a cache that drops keys, under KV compression (also with a sink and a window),
+  local and sink attention.
+- *others*: eager and grouped attention against the usual implementation.
+- *keys*: how many keys the layers read that the rule or their own pattern (window, chunk) forbids, or do not read
+  though both allow it, by gradients.
 
 {table(verdicts)}
 """

@@ -91,6 +91,8 @@ THETAS = {"layer_rope_theta": [10000.0] * LAYERS}
 DECODER = {"is_decoder": True}
 MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LLAMA_4_SCALING = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "llama_4_scaling_beta": 0.1}
+LLAMA_4_SCALING |= {"original_max_position_embeddings": 8}
 BERTS = [
     "bert",
     "bert-generation",
@@ -164,14 +166,16 @@ NEEDS = {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
         "max_position_embeddings": 16,
     },
+    "llama4_text (one temperature)": {"attn_temperature_tuning": False},
     "longcat_flash": ALL_HEADS | {"num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "mellum": {"layer_types": SLIDING},
     "minicpm3": ALL_HEADS,
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "indexed_attention"] * 2}
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_n_heads": 2}
     | {"index_block_size": 4, "index_topk_blocks": 2, "index_local_blocks": 1},
     "minimax_m3_vl_text (full)": {"layer_types": ["full_attention"] * LAYERS},
     "ministral": {"head_dim": 8, "layer_types": SLIDING},
+    "ministral3": {"rope_parameters": LLAMA_4_SCALING},
     "mistral (no window)": {"sliding_window": None},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "nemotron": ALL_HEADS,
