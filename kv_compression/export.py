@@ -15,7 +15,7 @@ from kv_compression.experiment import load_run
 from kv_compression.hub import repository_name
 from kv_compression.model_card import write_card
 from kv_compression.results import RESULTS, as_json, read_results, results_of_run
-from kv_compression.whole_files import usual_mode
+from kv_compression.whole_files import open_up
 
 
 def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None:
@@ -45,9 +45,7 @@ def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None
         tokenizer.save_pretrained(partial)
         write_card(partial, exported, repository_name(output.resolve().name))
         (partial / RESULTS).write_text(as_json(exported), encoding="utf-8")
-        partial.chmod(usual_mode(folder=True))
-        for path in partial.iterdir():  # some writers make files that only their owner reads
-            path.chmod(usual_mode())
+        open_up(partial)
         os.replace(partial, output)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write to --output_dir {output}: {one_line(error)}") from error

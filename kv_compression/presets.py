@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args, get_origin
 
 from kv_compression.errors import RunError, UsageError
 from kv_compression.fields import check_ratio
-from kv_compression.whole_files import file_name
+from kv_compression.whole_files import file_name, open_up
 
 if TYPE_CHECKING:
     import datasets
@@ -471,13 +472,14 @@ def _as_name(option: str, value) -> str:
         return str(value)
     if value is True:
         return option
+    short = re.sub("^(per_device|num|max)_|_(name_or_path|name|file|size|type)$", "", option)
     if option.endswith("_file"):
         value = Path(str(value)).stem or value
     elif option in ("model_name_or_path", "dataset_name"):
         value = Path(str(value)).name or value
     elif isinstance(value, list | tuple):
         value = "-".join(map(str, value))
-    return f"{option}-{file_name(str(value))}"
+    return f"{short}-{file_name(str(value))}"
 
 
 def embedded_text() -> dict[str, "datasets.Dataset"]:
@@ -530,6 +532,7 @@ def embedded_model() -> str:
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(partial)
         transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)
+        open_up(Path(partial))
         os.replace(partial, folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster

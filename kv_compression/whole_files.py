@@ -32,6 +32,13 @@ def usual_mode(folder: bool = False) -> int:
     return (0o777 if folder else 0o666) & ~mask
 
 
+def open_up(folder: Path) -> None:
+    """Give a new folder and its files the usual permissions; some writers make what only their owner reads."""
+    for path in folder.iterdir():
+        path.chmod(usual_mode())
+    folder.chmod(usual_mode(folder=True))
+
+
 def write_whole(path: Path, content: bytes, partial: Path | None = None) -> None:
     """Write a file as `partial` beside `path` and rename it: no reader sees half of it. OSError if the disk refuses."""
     partial = partial or path.with_name(partial_name(path.name))

@@ -1,6 +1,7 @@
 """Merged models: as good as the run, without peft."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_bad_folders_take_one_line(run, tmp_path):
     with pytest.raises(UsageError, match="not the output folder of a finished run"):
         export.export(str(tmp_path / "mine"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "file", "mine"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_an_export_has_the_permissions_that_the_umask_leaves(run, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        export.export(run, tmp_path / "whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o777 & ~umask
+    files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "whole").iterdir()}
+    assert "model.safetensors" in files
+    assert ".kv_compression_files.jsonl" not in files
+    assert set(files.values()) == {0o666 & ~umask}
 
 
 def test_what_is_broken_off_leaves_nothing(run, tmp_path, monkeypatch):

@@ -114,13 +114,14 @@ def test_settings_that_a_file_holds_are_checked_alike(name):
         ({"isolate_documents": True, "sink_tokens": 2}, "_sink_tokens-2_isolate_documents"),
         ({"learning_rate": 5e-5, "sink_tokens": 2}, "_sink_tokens-2_learning_rate-5e-05"),
         ({"sink_tokens": 2, "learning_rate": 5e-5}, "_sink_tokens-2_learning_rate-5e-05"),
-        ({"model_name_or_path": "owner/a.1-B"}, "_model_name_or_path-a.1-B"),
-        ({"model_name_or_path": "folder/a b/"}, "_model_name_or_path-a_b_c8687a08"),
-        ({"train_file": "x/a.jsonl", "test_file": "b.txt"}, "_train_file-a_test_file-b"),
-        ({"dataset_name": "owner/text", "dataset_config_name": "c"}, "_dataset_name-text_dataset_config_name-c"),
+        ({"model_name_or_path": "owner/a.1-B"}, "_model-a.1-B"),
+        ({"model_name_or_path": "folder/a b/"}, "_model-a_b_c8687a08"),
+        ({"train_file": "x/a.jsonl", "test_file": "b.txt"}, "_train-a_test-b"),
+        ({"dataset_name": "owner/text", "dataset_config_name": "c"}, "_dataset-text_dataset_config-c"),
         ({"lora_target_modules": ("q", "v")}, "_lora_target_modules-q-v"),
         ({"protocol": "paper", "seed": 3, "fixed_spans": True, "r": 8}, "_paper_seed3_r-8"),
         ({"fixed_spans": True}, "_fixed_spans"),
+        ({"per_device_train_batch_size": 8, "max_train_steps": 32}, "_train_batch-8_train_steps-32"),
     ],
 )
 def test_the_default_folder_names_what_differs_from_the_preset(flags, name):

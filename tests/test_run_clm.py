@@ -61,7 +61,7 @@ def test_a_run_leaves_results_adapter_and_logs(call, texts, method, protocol):
     suffix = "_paper" if protocol == "paper" else ""
     folder = Path(out[0].removeprefix("preset embedded (asked for), results in "))
     assert folder.parent == Path("output/embedded")
-    assert folder.name.startswith(f"{method}_{ratio}{suffix}_model_name_or_path-tiny0_train_file-train_")
+    assert folder.name.startswith(f"{method}_{ratio}{suffix}_model-tiny0_train-train_")
     assert len(out) == 2
     assert out[1].startswith(f"{method} at ratio {ratio}: test perplexity ")
 
