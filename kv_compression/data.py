@@ -262,13 +262,14 @@ def tokenize(
     """All rows as one stream of tokens, kept on disk for the next run.
 
     Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of
-    (by `document_numbers`). UsageError if the texts have no such `documents`.
-    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by `spacy_model`. With a
-    `plan` that compresses, sentinels stand in the text as words (protocol `paper`).
+    (by `document_numbers`). Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by
+    `spacy_model`. With a `plan` that compresses, sentinels stand in the text as words (protocol `paper`). UsageError
+    if there are no such `documents`.
     """
     plan = plan if plan and plan.compress else None
     spacy_model = find_spacy_model(unit, spacy_model)
     numbers = document_numbers(rows["text"], documents, split)
+    how = {"split": split, "plan": plan, "unit": unit, "spacy_model": spacy_model}
 
     def compute() -> dict[str, Tensor]:
         import datasets
@@ -280,13 +281,7 @@ def tokenize(
             _tokenize_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "split": split,
-                "plan": plan,
-                "unit": unit,
-                "spacy_model": spacy_model,
-            },
+            fn_kwargs=how | {"tokenizer": tokenizer},
             features=datasets.Features(features),
             remove_columns=rows.column_names,
             num_proc=num_workers if num_workers and num_workers > 1 else None,

@@ -320,8 +320,10 @@ def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, R
 
 
 def _shared(content: dict) -> str:
-    """The settings that all runs of a group share, as JSON. What an older version did not know was off, or one."""
+    """The settings that all runs of a group share, as JSON. What an older version did not know was off, one or auto."""
     settings = {"num_processes": 1} | content["settings"]
+    if settings.get("documents") == "auto":
+        settings["documents"] = None
     return json.dumps({name: value for name, value in sorted(settings.items()) if name not in OF_A_RUN and value})
 
 

@@ -59,7 +59,7 @@ class BertScorer:
         import bert_score
 
         if layer is None and model not in bert_score.utils.model2layers:
-            raise UsageError(f"bert-score knows no best layer of {model}: name one with --bertscore_layer")
+            raise UsageError(f"bert-score does not know {model}: say which layer to compare with --bertscore_layer N")
         try:
             self.scorer = bert_score.BERTScorer(
                 model_type=model, num_layers=layer, batch_size=batch_size, device=str(device), use_fast_tokenizer=True

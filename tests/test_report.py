@@ -118,6 +118,7 @@ def test_a_variant_alone_with_such_a_flag_stays_beside_the_plain_methods(tmp_pat
 
 def test_what_an_older_version_did_not_know_makes_no_group(tmp_path):
     assert len(group_of(tmp_path, results(), results(seed=1, num_processes=1, isolate_documents=False)).runs) == 2
+    assert len(group_of(tmp_path, results(), results(seed=1, documents="auto", spacy_model=None)).runs) == 2
 
 
 def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
