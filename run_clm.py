@@ -13,8 +13,8 @@ from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, ru
 METHODS = list(presets.METHOD_NAMES)
 
 
-def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, bool]:
-    """The flags that were given, by the names of `Settings`, and whether to overwrite and to resume.
+def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, str | None]:
+    """The flags that were given, by the names of `Settings`, whether to overwrite, and from where to resume.
 
     `also` are other flags that a misspelt one may have meant.
     """
@@ -74,14 +74,20 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
     add("--checkpointing_steps", help="optimizer steps between checkpoints, minutes with an m, or epoch (10m)")
     add("--checkpoints_to_keep", type=int, help="(2)")
-    add("--resume_from_checkpoint", nargs="?", const="latest", choices=["latest"], help="go on where a run broke off")
+    add(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        metavar="FOLDER",
+        help="resume where this run, or an equal one in another folder, broke off",
+    )
     add("--overwrite", action="store_true", help="replace what the output folder holds")
     add("--push_to_hub", nargs="?", const="", metavar="REPO", help="upload the finished run (named as its folder)")
     add("--hub_private", action="store_true", default=None, help="a repository that --push_to_hub makes is private")
     flags = vars(parser.parse_args(argv, also=also))
     if flags["lora_target_modules"]:
         flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
-    return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint") is not None
+    return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint")
 
 
 def main() -> None:
@@ -107,14 +113,16 @@ def main() -> None:
 
     settings = presets.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    found = processes.on_main(experiment.finished, settings, overwrite, resume)
+    source = None if resume in (None, "latest") else experiment.other_run(resume, settings.output_dir)
+    found = processes.on_main(experiment.finished, settings, overwrite, bool(resume) and source is None)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
         processes.on_main(experiment.finish, settings, found)
     folder = Path(settings.output_dir)
     # Before hours of training, not behind them.
     repository = None if asked is None else processes.on_main(hub.destination, asked, folder)
-    found = found or experiment.run(settings, resume and not overwrite)
+    resumes = source is not None or (bool(resume) and not overwrite)
+    found = found or experiment.run(settings, resumes, source)
     say(results.summary(found))
     if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)

@@ -128,17 +128,30 @@ def _differences(old, new: dict) -> str:
     return "; ".join(changed[:3])
 
 
-def run(settings: Settings, resume: bool = False) -> dict:
+def run(settings: Settings, resume: bool = False, source: Path | None = None) -> dict:
     """Carry out a run and return what its results.json holds.
 
     What an earlier run has written in the output folder is removed once model and data are there, but with `resume` the
-    run resumes from its newest checkpoint, if it has one. RunError if another process works in the folder.
+    run resumes from its newest checkpoint, if it has one, or from the newest of the run in another folder, `source`.
+    RunError if another process works in the folder.
     """
     with only_run_in(Path(settings.output_dir)):
-        return _run(settings, resume)
+        return _run(settings, resume, source)
 
 
-def _run(settings: Settings, resume: bool) -> dict:
+def other_run(asked: str, output_dir: str) -> Path | None:
+    """The folder of the run that --resume_from_checkpoint names, None if it is the run's own; UsageError if it has no
+    checkpoint."""
+    folder = Path(asked)
+    folder = folder.parent if folder.name == FOLDER else folder
+    if folder.resolve() == Path(output_dir).resolve():
+        return None
+    if Checkpoints(folder, {}).newest_step() is None:
+        raise UsageError(f"--resume_from_checkpoint {asked}: no checkpoint is there; name the folder of a run")
+    return folder
+
+
+def _run(settings: Settings, resume: bool, source: Path | None = None) -> dict:
     start = time.perf_counter()
     processes.load_whole_models()
     transformers.set_seed(settings.seed)
@@ -151,9 +164,10 @@ def _run(settings: Settings, resume: bool) -> dict:
     rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
     trained_on = len(splits.get("train", ()))
     checkpoints = checkpoints_of(settings, Schedule(settings, trained_on, accelerator.num_processes).steps_per_epoch)
-    checkpoint = read_checkpoint(checkpoints) if resume else None
+    checkpoint = read_checkpoint(replace(checkpoints, folder=source or folder)) if resume else None
+    own = checkpoint is not None and source is None
     if accelerator.is_main_process:
-        if checkpoint is None:
+        if not own:
             _clear(folder)
         _log_to(folder / LOG)
     accelerator.wait_for_everyone()
@@ -170,7 +184,7 @@ def _run(settings: Settings, resume: bool) -> dict:
 
     writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
     with compressed_attention(model, rule=rule) as patch:
-        untrained = processes.on_main(read_untrained, folder) if checkpoint else None
+        untrained = processes.on_main(read_untrained, source or folder) if checkpoint else None
         if untrained is None and not (settings.eval_only or settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:
@@ -437,12 +451,17 @@ def check_length(model: nn.Module, block_size: int) -> None:
 def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None) -> tuple[Rule, dict[str, Blocks]]:
     """The method's rule, with its sentinels in tokenizer and model, and the blocks of every split there is."""
     method = METHODS[settings.method]
-    wanted = [split for split in SPLITS if split != "train" or not settings.eval_only]
+    percentage = settings.validation_split_percentage
+    wanted = [split for split in SPLITS if split != "train" or percentage or not settings.eval_only]
     rows = {split: found for split in wanted if (found := load_rows(settings, split)) is not None}
     for split in set(wanted) - {"validation"}:
         if split not in rows:
             source = settings.dataset_name or "the local files"
             raise UsageError(f"{source}: there is no {split} split; name one with --{split}_file")
+    if percentage:
+        rows |= split_off_validation(rows, percentage)
+    if settings.eval_only:
+        rows.pop("train", None)
     plan = settings.span_plan()
     in_text = plan if settings.protocol == "paper" else None
     on_blocks = plan if settings.protocol == "matched" else None
@@ -487,6 +506,22 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
         except ValueError as error:
             raise UsageError(f"block {index} of the {blocks.split} split: {error}") from error
     return settings.rule(cl_id, cr_id), splits
+
+
+def split_off_validation(rows: dict, percentage: int) -> dict:
+    """The first rows of the train split as the validation split, the rest to train on, as the published scripts do.
+
+    UsageError if there is a validation split already, or a part would be empty.
+    """
+    if "validation" in rows:
+        raise UsageError("--validation_split_percentage: there is a validation split already")
+    count, first = len(rows["train"]), round(percentage * len(rows["train"]) / 100)
+    if not 0 < first < count:
+        raise UsageError(f"--validation_split_percentage {percentage}: too few training rows ({count})")
+    return {
+        "validation": rows["train"].select(range(first)),
+        "train": rows["train"].select(range(first, count)),
+    }
 
 
 def weights_digest(settings: Settings) -> str:

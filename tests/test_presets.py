@@ -48,6 +48,13 @@ def test_the_paper_preset_is_the_published_recipe():
     assert {name: getattr(settings, name) for name in recipe} == recipe
 
 
+def test_the_protocol_paper_takes_the_published_schedule_where_it_is_another():
+    assert presets.resolve({"preset": "paper"}).published_schedule
+    assert not presets.resolve({"preset": "paper", "gradient_accumulation_steps": 1}).published_schedule
+    assert not presets.resolve({"preset": "paper", "protocol": "matched"}).published_schedule
+    assert not presets.resolve({"preset": "embedded", "protocol": "paper"}).published_schedule
+
+
 def test_flags_beat_the_preset():
     settings = presets.resolve({"preset": "embedded", "learning_rate": 3e-4, "protocol": "paper", "seed": 2})
     assert (settings.learning_rate, settings.protocol, settings.fixed_spans) == (3e-4, "paper", True)
@@ -79,6 +86,12 @@ def test_flags_beat_the_preset():
         ({"lora_target_modules": ["a", 1]}, "lora_target_modules cannot be"),
         ({"model_name_or_path": "\udcff"}, "model_name_or_path cannot be"),
         ({"method": "local_attention", "recipe": "best"}, "recipe is an option of --method kv_compression"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0"),
+        ({"lr_scheduler_type": "greedy"}, "choose from linear, cosine, cosine_with_restarts, polynomial"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}, "polynomial ends at 1e-07: raise"),
+        ({"validation_split_percentage": 100}, "must be from 1 to 99"),
+        ({"checkpointing_steps": "epochs"}, "give a number of steps .100., of minutes .10m. or epoch"),
         ({"distill_weight": 1.5}, "distill_weight must be from 0 to 1"),
         ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
         ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),

@@ -121,6 +121,15 @@ def test_what_an_older_version_did_not_know_makes_no_group(tmp_path):
     assert len(group_of(tmp_path, results(), results(seed=1, documents="auto", spacy_model=None)).runs) == 2
 
 
+def test_runs_with_the_published_schedule_are_a_group_of_their_own(tmp_path):
+    """Older runs of the protocol paper had the sane one, and do not say so."""
+    old, new = results(protocol="paper"), results(protocol="paper", nll=2.0, published_schedule=True)
+    found = measured.collect(write(tmp_path, old, new, results(), results(published_schedule=False, seed=1)))
+    assert found.duplicates == []
+    assert [len(group.runs) for group in found.groups] == [3, 1]
+    assert [group.settings.get("published_schedule") for group in found.groups] == [None, True]
+
+
 def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
     runs = [results(nll=3.5), results(nll=1.0, sink_tokens=4), results("full_attention", 0.0, nll=3.0)]
     runs += [results("full_attention", 0.0, nll=0.5, eval_only=True), results(nll=2.0, eval_only=True)]

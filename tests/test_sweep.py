@@ -103,6 +103,22 @@ def test_the_order_of_runs():
     assert runs[-2].name == "kv_compression_0.1_paper_seed3"
 
 
+def test_with_accumulation_every_protocol_has_its_own_baselines():
+    """The protocols then train with other learning rates."""
+    runs = sweep.plan(["kv_compression", "local_attention"], [0.5], [0], ["matched", "paper"], accumulation=3)
+    assert [run.name for run in runs] == [
+        "full_attention_0.0",
+        "full_attention_0.0_paper",
+        "full_attention_0.0_untrained",
+        "full_attention_0.0_paper_untrained",
+        "kv_compression_0.5",
+        "kv_compression_0.5_paper",
+        "local_attention_0.5",
+        "local_attention_0.5_paper",
+    ]
+    assert [run.protocol for run in runs] == ["matched", "paper"] * 4
+
+
 @given(
     st.lists(st.sampled_from(list(METHODS)), min_size=1, unique=True),
     st.lists(st.sampled_from(RATIOS), min_size=1, unique=True),
