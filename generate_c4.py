@@ -43,6 +43,8 @@ def parse() -> argparse.Namespace:
         raise UsageError(f"--top_p must be above 0 and at most 1, got {flags.top_p}")
     if not 0 <= flags.seed < 2**32:
         raise UsageError(f"--seed must be at least 0 and below 2^32, got {flags.seed}")
+    if flags.method == "full_attention" and flags.bound_ratio:
+        raise UsageError("full attention compresses nothing: leave --bound_ratio away")
     if flags.max_span_length is not None and flags.max_span_length < 2:
         raise UsageError(f"--max_span_length must be at least 2, got {flags.max_span_length}")
     if flags.output_file and not flags.output_file.endswith(".jsonl"):
@@ -73,7 +75,7 @@ def main() -> None:
 
     from kv_compression import experiment, generation, information, presets, processes, records
     from kv_compression.attention import compressed_attention
-    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN
+    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, unended
     from kv_compression.visibility import METHODS
     from kv_compression.whole_files import file_name
 
@@ -83,7 +85,9 @@ def main() -> None:
     precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
     tokenizer, model, trained = processes.one_first(experiment.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
-    asked = trained.bound_ratio if flags.bound_ratio is None else flags.bound_ratio
+    # Full attention has no ratio: that of the run is not meant.
+    asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
+    asked = asked if flags.bound_ratio is None else flags.bound_ratio
     longest = flags.max_span_length or trained.max_span_length
     ids = [tokenizer.get_vocab().get(token) for token in (CL_TOKEN, CR_TOKEN)]
     if method.uses_sentinels and None in ids:
@@ -92,6 +96,7 @@ def main() -> None:
     if method.name != trained.method:
         options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
     settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
+    settings.check(in_blocks=False)
     sampler = generation.Sampler(
         flags.continuation_words,
         flags.num_continuations,
@@ -102,9 +107,13 @@ def main() -> None:
     )
 
     documents = processes.on_main(pick, flags, trained.preset)
+    few = f" of the {flags.num_documents} asked for" if len(documents) < flags.num_documents else ""
+    if few and state.is_main_process:
+        words = flags.prefix_words + flags.continuation_words
+        print(f"warning: {len(documents)} documents{few} were found: no others have {words} words", file=sys.stderr)
     if method.uses_sentinels and settings.protocol == "matched" and asked:
         # A window that fits a training block may leave a shorter prefix no room for spans.
-        lengths = [len(tokenizer(document.prefix)["input_ids"]) for document in documents]
+        lengths = [len(unended(tokenizer, document.prefix)) for document in documents]
         window = min(map(settings.span_plan().window, lengths))
         settings = replace(settings, recent_tokens=min(settings.recent_tokens, window))
     rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
@@ -122,6 +131,7 @@ def main() -> None:
         "documents_sha256": generation.documents_digest(documents),
         "prefix_words": flags.prefix_words,
         **asdict(sampler),
+        **({"documents_asked": flags.num_documents} if few else {}),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
 
@@ -129,10 +139,8 @@ def main() -> None:
         inform = None
         if plan.compress and plan.sampler == "self_information":
             inform = information.informant(experiment.load_model(settings)[1].to(state.device))
-        return [
-            generation.prefix_ids(document, tokenizer, rule, plan, settings.protocol, settings.span_unit, inform)
-            for document in documents
-        ]
+        how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
+        return [generation.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
     prefixes = processes.divided(read_prefixes, documents)
@@ -164,8 +172,8 @@ def main() -> None:
     if state.is_main_process:
         held = [record["cache_length"] / record["prefix_tokens"] for record in records.usable(records.read(path)[0])]
         print(
-            f"{method.name} at ratio {asked}: {len(documents)} documents, {sampler.continuations} continuations each, "
-            f"in {path}; the cache held {sum(held) / len(held):.3f} keys a prefix token"
+            f"{method.name} at ratio {asked}: {len(documents)} documents{few}, {sampler.continuations} continuations "
+            f"each, in {path}; the cache held {sum(held) / len(held):.3f} keys a prefix token"
         )
     state.destroy_process_group()
 

@@ -6,13 +6,15 @@ Parses flags, calls `kv_compression.report`, prints where the report is.
 import sys
 from pathlib import Path
 
-from kv_compression.errors import Parser, quiet_libraries, run_script
+from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
 
 
 def parse(argv: list[str] | None = None):
     """The flags of this script."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", default="output", help="where results lie, at any depth (output)")
+    parser.add_argument(
+        "folder", nargs="?", default="output", help="where results lie, at any depth, or a results.json (output)"
+    )
     parser.add_argument("--output_dir", help="where the report goes (the folder itself)")
     return parser.parse_args(argv)
 
@@ -24,6 +26,10 @@ def main() -> None:
     from kv_compression import measured, report
 
     folder = Path(flags.folder)
+    if folder.is_file():
+        if folder.suffix != ".json":
+            raise UsageError(f"{folder} is a file: name the folder where results lie, at any depth")
+        folder = folder.parent
     found = measured.collect(folder)
     path = report.write(found, Path(flags.output_dir or folder))
     print(f"{found.summary()}: {path}")

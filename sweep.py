@@ -89,7 +89,7 @@ def to_pass_on(flags: list[str], own: Iterable[str]) -> dict:
     for name in FILES:
         if name in given and not Path(given[name]).is_file():
             raise UsageError(f"--{name} {given[name]}: no such file")
-    for name in {*FILES, "model_name_or_path", "dataset_name"} & set(given):
+    for name in {*FILES, "model_name_or_path", "tokenizer_name", "dataset_name"} & set(given):
         if os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
     return given
@@ -128,7 +128,10 @@ def main() -> None:
 
     preset, _ = presets.choose_preset(flags.preset)
     protocols = flags.protocols or [presets.PRESETS[preset].get("protocol", presets.Settings.protocol)]
-    runs = sweep.plan(flags.methods or list(METHODS), flags.ratios or RATIOS, flags.seeds or [0], protocols)
+    name = "gradient_accumulation_steps"
+    accumulation = given.get(name, presets.PRESETS[preset].get(name, presets.Settings.gradient_accumulation_steps))
+    asked_for = (flags.methods or list(METHODS), flags.ratios or RATIOS, flags.seeds or [0], protocols)
+    runs = sweep.plan(*asked_for, accumulation)
     folder = Path(os.path.abspath(flags.folder or f"output/sweep/{preset}"))
     continuations = None
     if 2 in flags.claims:

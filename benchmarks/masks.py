@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.sentinels import insert_sentinels, position_ids
 from kv_compression.spans import exact_spans
-from kv_compression.visibility import kv_compression_mask
 
 CL, CR = 1, 2
 
@@ -90,7 +90,7 @@ def main() -> None:
         on_device = ids.to(device)
 
         def vectorised(on_device=on_device):
-            mask = kv_compression_mask(on_device, CL, CR)
+            mask = KVCompression(CL, CR).mask(on_device)
             positions = position_ids(on_device, CL, CR)
             if device == "cuda":
                 torch.cuda.synchronize()

@@ -43,10 +43,13 @@ from torch.nn.functional import cross_entropy
 from kv_compression import training
 from kv_compression.attention import compressed_attention
 from kv_compression.data import Blocks, SpanPlan
+from kv_compression.methods.full_attention import FullAttention
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
+from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.presets import Settings, has_bf16
 from kv_compression.sentinels import insert_sentinels
 from kv_compression.spans import exact_spans
-from kv_compression.visibility import KVCompression, Rule, SinkAttention, block_mask, dense_mask, in_order
 
 CL, CR = 50277, 50278
 RATIO, SPAN = 0.5, 25
@@ -134,7 +137,7 @@ def published_step(blocks: Blocks, size: int, shape: tuple[int, int, int]):
     batch = blocks.batch(range(size))
     ids, labels = batch["input_ids"], batch["labels"]
     masks = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
-    masks.masked_fill_(~dense_mask(rule.mask_mod(ids), *ids.shape)[:, None], torch.finfo(torch.float32).min)
+    masks.masked_fill_(~rule.mask(ids)[:, None], torch.finfo(torch.float32).min)
     inputs = {"input_ids": ids, "attention_mask": masks, "position_ids": rule.position_ids(ids)}
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 
@@ -164,7 +167,7 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     scheduler = transformers.get_scheduler("constant", prepared.optimizer)
     data = training.StepData(blocks, schedule, 0, fixed_spans=False)
     prepared.token_losses.train()
-    rule = KVCompression(CL, CR) if sentinels else Rule()
+    rule = KVCompression(CL, CR) if sentinels else FullAttention()
     causal_kernel = settings.method == "full_attention" and settings.attn_implementation == "sdpa"
     patch = None if causal_kernel else compressed_attention(model, rule=rule).__enter__()
     number = 0
@@ -250,7 +253,7 @@ def growth(steps: int, lengths: list[int]) -> list[dict]:
 def grown(rule: Rule, length: int, batch: int, steps: int) -> dict:
     """Milliseconds of making a mask, of a forward pass and of a step forth and back, for blocks of one length."""
     ids = marked_blocks(batch, length, 0.9 if rule.uses_sentinels else 0.0).to(DEVICE)
-    mask_mod = rule.mask_mod(ids)
+    mask_mod = rule.visible(ids)
 
     def milliseconds(action):
         return 1e3 * measure(action, steps)["seconds"]

@@ -1,18 +1,14 @@
 """Context compression with sentinel tokens: spans, masks, a compressed cache, and the experiments around them.
 
-Four names are for other people's code. `attach` puts a rule to work in a model, `compress` reads a text into a
-`SentinelCache` that holds a fraction of its keys, and a `Budget` keeps a cache small while it grows::
+Five names are for other people's code. `load` gives a trained run's model, `attach` puts a rule to work in any model,
+`compress` reads a text into a `SentinelCache` that holds a fraction of its keys, and a `Budget` keeps a cache small
+while it grows::
 
     import kv_compression as kvc
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    model = AutoPeftModelForCausalLM.from_pretrained(run).eval()
-    kvc.attach(model, run)
-
+    model, tokenizer = kvc.load(run)
     cache = kvc.compress(model, tokenizer, text, ratio=0.9)
-    question = tokenizer(" So what", return_tensors="pt")["input_ids"]
+    question = tokenizer(" So what", return_tensors="pt")
     output = model.generate(**cache.followed_by(question), max_new_tokens=20)
     cache.save("prefix.safetensors")
     cache = kvc.SentinelCache.load("prefix.safetensors")
@@ -23,7 +19,7 @@ one. Everything else is in the modules, and may change.
 
 import importlib
 
-_WHERE = {"attach": "library", "compress": "library", "SentinelCache": "cache", "Budget": "cache"}
+_WHERE = {"load": "library", "attach": "library", "compress": "library", "SentinelCache": "cache", "Budget": "cache"}
 
 __all__ = list(_WHERE)
 

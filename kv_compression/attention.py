@@ -2,12 +2,15 @@
 
 One hook on the decoder replaces the two arguments before every forward pass; transformers carries them to its own
 attention functions, so every implementation it has (sdpa, flex_attention, eager) and every architecture that takes a
-ready 4D mask works unchanged. Two more are registered here: `grouped`, for CPUs, and `sorted_flex_attention`, for long
-blocks. Knows models; which keys are visible is a `visibility.Rule`.
+ready 4D mask works unchanged; what a layer's own sliding window or chunk hides stays hidden. Two more implementations
+are registered here: `grouped`, for CPUs, and `sorted_flex_attention`, for long blocks. Knows models; which keys are
+visible is a `methods.rule.Rule`.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +18,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import eager_mask, flex_attention_mask
 
-from kv_compression.cache import SentinelCache, decoder_of
-from kv_compression.visibility import KVCompression, Rule, block_mask, dense_mask, in_order
+from kv_compression.architectures import Pattern, check_architecture, patterns_of
+from kv_compression.cache import SentinelCache, causal_lm_of, decoder_of, own_key
+from kv_compression.errors import UsageError
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order
+from kv_compression.sentinels import count_text
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention as three matrix products, query heads that share a key head taken together.
 
     On a CPU this trains about 2.5 times faster than torch's fused kernel under a mask of any shape, at the price of
-    holding the scores: for blocks up to some thousand tokens. `query` is `(batch, heads, queries, width)`, `key` and
-    `value` `(batch, key heads, keys, width)`; returns `(batch, queries, heads, width)` and no weights, as transformers
-    expects. (This project.)
+    holding the scores: for blocks up to some thousand tokens. `query` is `(batch, heads, queries, width)`, `key`
+    `(batch, key heads, keys, width)` and `value` `(batch, key heads, keys, value width)`; returns
+    `(batch, queries, heads, value width)` and no weights, as transformers expects. (This project.)
     """
     batch, heads, queries, width = query.shape
     shared = (batch, key.shape[1], heads // key.shape[1] * queries, width)
@@ -34,7 +41,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, d
     if attention_mask is not None:
         scores.view(batch, key.shape[1], -1, queries, key.shape[2]).add_(attention_mask[:, :, None])
     weights = torch.nn.functional.dropout(scores.softmax(-1), dropout, module.training)
-    return (weights @ value).view(batch, heads, queries, width).transpose(1, 2), None
+    return (weights @ value).view(batch, heads, queries, value.shape[-1]).transpose(1, 2), None
 
 
 def sorted_flex_attention(module, query, key, value, attention_mask, **kwargs):
@@ -52,6 +59,7 @@ def sorted_flex_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 GROUPED, FLEX, SORTED_FLEX = "grouped", "flex_attention", "sorted_flex_attention"
+IMPLEMENTATIONS = ("sdpa", "eager", GROUPED, FLEX, SORTED_FLEX)  # others have no use for a mask of any shape
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, eager_mask)
 AttentionInterface.register(SORTED_FLEX, sorted_flex_attention)
@@ -67,11 +75,13 @@ class Patch:
     def __init__(self, decoder: nn.Module, rule: Rule):
         self.decoder = decoder
         self.rule = rule
+        self.patterns = patterns_of(decoder)
         self._hooks = [
-            decoder.register_forward_pre_hook(self._derive, with_kwargs=True),
-            decoder.register_forward_hook(self._settle, with_kwargs=True),
+            decoder.register_forward_pre_hook(torch.compiler.disable(self._derive), with_kwargs=True),
+            decoder.register_forward_hook(torch.compiler.disable(self._settle), with_kwargs=True),
         ]
         decoder._sentinel_patch = self
+        forget_compiled_code()
 
     def remove(self) -> None:
         """Take the patch off. Doing so twice is harmless."""
@@ -79,6 +89,7 @@ class Patch:
             hook.remove()
         if getattr(self.decoder, "_sentinel_patch", None) is self:
             del self.decoder._sentinel_patch
+            forget_compiled_code()
 
     def __enter__(self) -> "Patch":
         return self
@@ -101,14 +112,47 @@ class Patch:
         if isinstance(cache, SentinelCache):
             if not cache.rule.same_as(self.rule):
                 raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
-            seen, kwargs["position_ids"] = cache.admit(decoder, input_ids, padding)
-            kwargs["attention_mask"] = None if seen is None else as_attention_mask(decoder, seen)
+            check_positions(decoder, cache.tokens_read + input_ids.shape[1], lambda: cache.text_after(input_ids))
+            seen, positions = cache.admit(decoder, input_ids, padding)
+            kwargs["position_ids"] = positions
+            kwargs["attention_mask"] = self._layer_masks(
+                lambda pattern: self._of_cache(pattern, cache, seen, positions)
+            )
             return args, kwargs
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("only a SentinelCache knows what a patched model may see of it: give past_key_values one")
-        kwargs["attention_mask"] = mask_for(decoder, self.rule, input_ids, padding)
-        kwargs["position_ids"] = self.rule.position_ids(input_ids, padding)
-        return args, kwargs
+        positions = self.rule.position_ids(input_ids, padding)
+        check_positions(decoder, input_ids.shape[1], lambda: int(positions.max()) + 1)
+        masks = self._layer_masks(lambda pattern: self._of_pass(pattern, input_ids, padding))
+        return args, kwargs | {"position_ids": positions, "attention_mask": masks}
+
+    def _layer_masks(self, mask_of: Callable[[Pattern], Any]) -> Any:
+        """The mask of all layers, or, where their patterns differ, of every type of layer by its name."""
+        implementation = self.decoder.config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            raise UsageError(
+                f"{implementation} takes no mask of its own: load the model with attn_implementation="
+                f"{' or '.join(IMPLEMENTATIONS[:2])}"
+            )
+        masks = {pattern: mask_of(pattern) for pattern in set(self.patterns.values())}
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {layer_type: masks[pattern] for layer_type, pattern in self.patterns.items()}
+
+    def _of_pass(self, pattern: Pattern, input_ids: Tensor, padding: Tensor | None):
+        """A pattern's mask for whole blocks."""
+        visible = self.rule.visible(input_ids, padding)
+        if pattern.size:
+            visible = pattern.over(visible, count_text(self.rule.text(input_ids, padding)))
+        return mask_for(self.decoder, self.rule, visible, input_ids)
+
+    def _of_cache(self, pattern: Pattern, cache: SentinelCache, seen: Tensor | None, positions: Tensor):
+        """A pattern's mask for the tokens that a cache has just admitted; None if they see all there is."""
+        if pattern.size:
+            near = pattern.allows(positions[:, :, None], cache.positions[:, None, :])
+            seen = near if seen is None else seen & near
+            seen = seen | own_key(positions.shape[1], cache.slots, seen.device)
+        return None if seen is None else as_attention_mask(self.decoder, seen)
 
     def _settle(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Let the cache drop what nobody will see again."""
@@ -117,9 +161,22 @@ class Patch:
             cache.settle()
 
 
-def mask_for(decoder: nn.Module, rule: Rule, input_ids: Tensor, padding: Tensor | None):
-    """The rule in the form that the decoder's attention implementation takes: a `BlockMask` for FlexAttention."""
-    implementation, visible = decoder.config._attn_implementation, rule.visible(input_ids, padding)
+def forget_compiled_code() -> None:
+    """Have code that torch has compiled compiled again: it does not notice that a module's hooks have changed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def check_positions(decoder: nn.Module, most: int, count: Callable[[], int]) -> None:
+    """Raise UsageError if a text needs more positions than the decoder has: `most` at most, exactly `count()`."""
+    positions = getattr(decoder.config, "max_position_embeddings", None)
+    if positions is not None and most > positions and (needed := count()) > positions:
+        raise UsageError(f"the text has {needed} tokens, more than the model's {positions} positions: shorten it")
+
+
+def mask_for(decoder: nn.Module, rule: Rule, visible: MaskMod, input_ids: Tensor):
+    """What is visible, as the decoder's attention implementation takes it: a `BlockMask` for FlexAttention."""
+    implementation = decoder.config._attn_implementation
     if implementation == FLEX:
         return block_mask(visible, *input_ids.shape, input_ids.device)
     if implementation == SORTED_FLEX:
@@ -138,23 +195,25 @@ def as_attention_mask(decoder: nn.Module, seen: Tensor) -> Tensor:
     mask = seen[:, None]
     if decoder.config._attn_implementation == "sdpa":
         return mask
-    dtype = next(decoder.parameters()).dtype
+    dtype = decoder.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def patch(model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None) -> Patch:
     """Make `model(input_ids)` attend by a rule until the returned patch is removed.
 
-    `model` is a transformers causal language model or a peft model around one, of any architecture that accepts a
-    ready 4D attention mask (GPT-NeoX, Llama, OPT, GPT-J, …). With `cl_id` and `cr_id` the rule is KV compression
-    between these sentinels; `rule` names any other. A 2D `attention_mask` given to the model marks padding. Raises
-    ValueError if the model is patched already. (Paper, section 3, for the rule; this project for the patch.)
+    `model` is a transformers causal language model or a peft model around one, of an architecture that is known to be
+    right under a patch (`architectures`). With `cl_id` and `cr_id` the rule is KV compression between these sentinels;
+    `rule` names any other. A 2D `attention_mask` given to the model marks padding, on either side. Raises ValueError if
+    the model is patched already, or cannot be, with the reason. (Paper, section 3, for the rule; this project for the
+    patch.)
     """
     if (cl_id is None or cr_id is None) == (rule is None):
         raise ValueError("patch needs either cl_id and cr_id, or rule=…")
     decoder = decoder_of(model)
     if hasattr(decoder, "_sentinel_patch"):
         raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
+    check_architecture(causal_lm_of(model), decoder)
     return Patch(decoder, rule or KVCompression(cl_id, cr_id))
 
 

@@ -8,6 +8,7 @@ later token can see, in all layers. Which these are is the `visibility.Rule`'s t
 import copy
 import itertools
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,28 +17,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kv_compression.errors import RunError, UsageError, one_line
-from kv_compression.fields import is_count
+from kv_compression.fields import check_ratio, is_count
+from kv_compression.methods import METHODS
+from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
+from kv_compression.methods.rule import NEVER, History, Rule, Tokens, rows_of
+from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.visibility import (
-    CL,
-    COMPRESSED,
-    CR,
-    GONE,
-    LEAVING,
-    METHODS,
-    NEVER,
-    TEXT,
-    UNDRAWN,
-    Held,
-    KVCompression,
-    Read,
-    Rule,
-    check_ratio,
-)
 
-FORMAT = "kv_compression.SentinelCache 3"
-PER_SLOT = ("kinds", "positions", "starts", "real")  # tensors (batch, slots)
-PER_ROW = ("text_read", "digest", "began")  # tensors (batch,)
+FORMAT = "kv_compression.SentinelCache 4"
+PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
+PER_ROW = ("text_read", "real_read", "digest", "began", "fingerprint")  # tensors (batch,)
 
 
 class SentinelLayer(DynamicLayer):
@@ -47,6 +36,16 @@ class SentinelLayer(DynamicLayer):
         """Keep the slots `rows[b]` of every row b, in order, padded to `slots`; the storage of the rest is freed."""
         self.keys = _kept(self.keys, rows, slots)
         self.values = _kept(self.values, rows, slots)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; layers may lie on different devices."""
+        if self.is_initialized:
+            super().batch_select_indices(indices.to(self.keys.device))
+
+
+def _kind(states: Tensor) -> tuple:
+    """What keys or values have in common with others of their layer: dtype, heads, width."""
+    return states.dtype, states.shape[1], states.shape[3]
 
 
 def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
@@ -93,9 +92,11 @@ class SentinelCache(Cache):
             setattr(self, name, None)
         self._tokens_read = 0
         self._undoable = 0  # tokens read since a key last left
-        self._visible_to_all = True  # no padding and no open <CL> among the slots: text sees every key
-        self._fold = None
+        self._is_quiet = True  # all text to come sees every slot
+        self._skips_settling = False
+        self._fold = None  # the order of the slots in which a fold reads
         self._admitted = False
+        self._repeatable = False
 
     def __repr__(self) -> str:
         return f"SentinelCache({self.rule.name}, length={self.length}, logical_length={self.logical_length})"
@@ -107,6 +108,16 @@ class SentinelCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens read so far, sentinels and padding included."""
+        return self._tokens_read
+
+    def text_after(self, input_ids: Tensor) -> int:
+        """Text tokens of the longest row once tokens `(batch, new)` have been read, if none of them is padding."""
+        read = self.rule.text(input_ids).sum(-1)
+        return int((read if self.text_read is None else self.text_read + read).max())
 
     @property
     def slots(self) -> int:
@@ -152,45 +163,65 @@ class SentinelCache(Cache):
         batch, new = input_ids.shape
         if self.kinds is None:
             nothing = input_ids.new_zeros(batch, 0)
-            self.kinds, self.positions, self.starts, self.real = nothing, nothing, nothing, nothing.bool()
-            self.text_read = self.digest = torch.zeros_like(input_ids[:, 0])
-            self.began = self.text_read.bool()
-        if self.kinds.shape[0] != batch:
-            raise ValueError(f"the cache holds {self.kinds.shape[0]} rows, but {batch} were given")
+            self.kinds, self.positions, self.visible_from, self.real = nothing, nothing, nothing, nothing.bool()
+            self.text_read, self.real_read, self.digest, self.began, _ = History.none(batch, input_ids.device)
+            self.fingerprint = self.text_read
+        self._fit_rows(batch)
         self._admitted = True
         if self._fold is not None:
-            return self._admit_fold(new)
+            return self._seen(new), self.positions[:, -new:]
 
         real = torch.ones_like(input_ids, dtype=torch.bool) if padding is None else padding[:, -new:].bool()
         text = self.rule.text(input_ids, real)
         positions = (self.text_read[:, None] + text.cumsum(-1) - 1).clamp(min=0)
-        opened = ((self.kinds == CL) | (self.kinds == CR)).any(-1)
-        read = Read(positions, real, self.digest, self.began, opened)
-        kinds = torch.where(real, self.rule.kinds(input_ids, read), GONE)
-        self.began = self.began | ~text.logical_or(~real).all(-1)
+        kinds, history = self.rule.remember(input_ids, real, self._history)
+        self.digest, self.began = history.digest, history.began
         self._note(kinds, positions, real)
-        self.digest = read.digest
+        self.fingerprint = self.fingerprint + _fingerprint(input_ids, positions, text)
         self.text_read = self.text_read + text.sum(-1)
+        self.real_read = self.real_read + real.sum(-1)
         self._tokens_read += new
         self._undoable += new
         plain = padding is None or bool(real.all())
-        self._may_drop = not plain or self.rule.may_drop(self._held, new)
-        was_visible = self._visible_to_all
-        self._visible_to_all = was_visible and plain and not bool((kinds == CL).any())
-        if new == 1 and self._visible_to_all and not self._may_drop:
+        self._skips_settling = self._is_quiet and plain and self.rule.is_quiet(self._last(new), self._history)
+        if new == 1 and self._skips_settling:
             return None, positions
-        seen = self.rule.sees(self._held, new) & self.real[:, None, :]
-        return seen | (_own_key(new, self.slots, seen.device) & ~real[:, :, None]), positions
+        return self._seen(new), positions
+
+    @property
+    def _history(self) -> History:
+        """What was read, as a rule knows it."""
+        is_open = self.rule.is_open(self._tokens) if self.slots else torch.zeros_like(self.began)
+        return History(self.text_read, self.real_read, self.digest, self.began, is_open)
 
     def _note(self, kinds: Tensor, positions: Tensor, real: Tensor) -> None:
+        """Add slots for new tokens."""
         self.kinds = torch.cat([self.kinds, kinds], dim=1)
         self.positions = torch.cat([self.positions, positions], dim=1)
-        self.starts = torch.cat([self.starts, torch.zeros_like(positions)], dim=1)
+        self.visible_from = torch.cat([self.visible_from, torch.zeros_like(positions)], dim=1)
         self.real = torch.cat([self.real, real], dim=1)
 
     @property
-    def _held(self) -> Held:
-        return Held(self.kinds, self.positions, self.starts)
+    def _tokens(self) -> Tokens:
+        """The slots as a rule reads them."""
+        return Tokens(self.kinds, self.positions, self.visible_from, ~self.real, self._tokens_read + 1)
+
+    def _last(self, new: int) -> Tokens:
+        """The last slots as a rule reads them."""
+        return Tokens(*(part[:, -new:] for part in self._tokens[:4]), self._tokens_read + 1)
+
+    def _seen(self, new: int) -> Tensor:
+        """What the last `new` slots see, bool `(batch, new, slots)`; padding sees itself."""
+        tokens, (batch, slots) = self._tokens, self.kinds.shape
+        if self._fold is None:
+            seen = rows_of(self.rule.sees(tokens), batch, slots, slots - new, self.kinds.device)
+        else:  # as if the slots stood in the fold's order
+            place = self._fold.argsort(dim=-1)
+            rule = self.rule.sees(_reordered(tokens, self._fold))
+            rows = torch.arange(batch, device=place.device).view(-1, 1, 1)
+            seen = rule(rows, 0, place[:, slots - new :, None], place[:, None, :])
+        seen = seen & self.real[:, None, :]
+        return seen | (own_key(new, slots, seen.device) & ~self.real[:, slots - new :, None])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
@@ -198,26 +229,28 @@ class SentinelCache(Cache):
             raise ValueError(
                 "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
             )
-        held = self.layers[layer_idx].keys if layer_idx < len(self.layers) else None
         if self.slots > key_states.shape[2]:
-            mine = None if held is None else (held.dtype, held.shape[1], held.shape[3])
-            if mine != (key_states.dtype, key_states.shape[1], key_states.shape[3]):
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else SentinelLayer()
+            held = [part if part is None else _kind(part) for part in (layer.keys, layer.values)]
+            if held != [_kind(key_states), _kind(value_states)]:
                 raise UsageError(f"the cache does not hold keys of layer {layer_idx} as the model makes them")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def settle(self) -> None:
-        """Let go of every key that no later token can see; called when all layers have read the admitted tokens."""
+        """Drop every key that no later token can see; called when all layers have read the admitted tokens."""
         self._admitted = False
-        if self._fold is not None:
-            held, self._fold = self._fold, None
-        elif self._may_drop:
-            held = self.rule.settled(self._held)
-        else:
+        fold, self._fold = self._fold, None
+        if fold is not None:
+            settled = _reordered(self.rule.settled(_reordered(self._tokens, fold)), fold.argsort(dim=-1))
+        elif self._skips_settling:
             return
-        if not torch.equal(held.kinds, self.kinds):
+        else:
+            settled = self.rule.settled(self._tokens)
+        if not torch.equal(settled.kinds, self.kinds):
             self._undoable = 0
-        self.kinds, self.positions, self.starts = held
-        self._drop(self.rule.keeps(held, self.text_read))
+        self.kinds, self.visible_from = settled.kinds, settled.visible_from
+        self._drop(self.rule.keeps(settled, self._history))
+        self._is_quiet = self._sees_all()
 
     def _drop(self, keep: Tensor) -> None:
         """Keep the slots where `keep` `(batch, slots)` is True, but no padding."""
@@ -230,17 +263,18 @@ class SentinelCache(Cache):
             if layer.is_initialized:
                 layer.keep(rows, slots)
         pad = torch.nn.utils.rnn.pad_sequence
-        self.kinds = pad([kinds[row] for kinds, row in zip(self.kinds, rows)], batch_first=True, padding_value=GONE)
-        self.positions = pad([positions[row] for positions, row in zip(self.positions, rows)], batch_first=True)
-        self.starts = pad([starts[row] for starts, row in zip(self.starts, rows)], batch_first=True)
+        for name in ("kinds", "positions", "visible_from"):
+            held = [values[row] for values, row in zip(getattr(self, name), rows)]
+            empty = DROPPED if name == "kinds" and self.rule.uses_sentinels else 0
+            setattr(self, name, pad(held, batch_first=True, padding_value=empty))
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
         self._undoable = 0
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
-    def _all_visible(self) -> bool:
-        """Whether text sees every slot: none is padding, none an open <CL>."""
-        return bool(self.real.all()) and not bool((self.kinds == CL).any())
+    def _sees_all(self) -> bool:
+        """Whether all text to come sees every slot, and none is padding."""
+        return bool(self.real.all()) and self.rule.is_quiet(self._tokens, self._history)
 
     def compress(self, first, last, model: nn.Module | None = None) -> None:
         """Fold a span of text that is already in the cache into its <CR>, by reading <CL> and <CR> alone.
@@ -257,7 +291,7 @@ class SentinelCache(Cache):
         batch, device = len(self.kinds), self.kinds.device
         first = torch.as_tensor(first, device=device).expand(batch)
         last = torch.as_tensor(last, device=device).expand(batch)
-        if bool(((self.kinds == CL) | (self.kinds == CR)).any()):
+        if bool(self.rule.is_open(self._tokens).any()):
             raise ValueError("a span is still open: its <CR> has to be read first")
         span = self.real & (self.kinds == TEXT)
         span &= (first[:, None] <= self.positions) & (self.positions <= last[:, None])
@@ -267,10 +301,9 @@ class SentinelCache(Cache):
         patched = getattr(decoder, "_sentinel_patch", None)
         if patched is None or not patched.rule.same_as(self.rule):
             raise ValueError("the model is not patched with the cache's rule")
-        slots = self.slots
-        self._fold = (span, first, last)
-        sentinels = [self.rule.cl_id] + [self.rule.cr_id] * self.rule.cr_tokens
-        sentinels = torch.tensor([sentinels], device=device).expand(batch, -1)
+        slots, crs = self.slots, self.rule.cr_tokens
+        self._note_fold(span, first, last)
+        sentinels = torch.tensor([[self.rule.cl_id] + [self.rule.cr_id] * crs], device=device).expand(batch, -1)
         try:
             with torch.no_grad():
                 decoder(input_ids=sentinels, past_key_values=self, use_cache=True)
@@ -279,38 +312,16 @@ class SentinelCache(Cache):
             raise
         self.began = self.began | (last >= first)
 
-    def _admit_fold(self, new: int) -> tuple[Tensor, Tensor]:
-        """As `admit`, for a <CL> and <CR> that stand where the text has gone on behind their span."""
-        span, first, last = self._fold
-        rule, slots = self.rule, self.slots
-        concerned = (last >= first)[:, None].expand(-1, new)
-        positions = last[:, None].repeat(1, new)
-        positions[:, 0] = (first - 1).clamp(min=0)
-        kinds = torch.tensor([CL] + [CR] * (new - 1), device=span.device).expand(len(span), new)
-        self._note(torch.where(concerned, kinds, GONE), positions, concerned)
-
-        sinks = (self.kinds == TEXT) & (self.positions < rule.sink_tokens) & self.real
-        before = self.positions[:, None, :] <= positions[:, :, None]
-        seen = _own_key(new, self.slots, span.device) | (sinks[:, None, :] & before)
-        of_cr = torch.nn.functional.pad(span, (0, new), value=True)
-        if rule.cr_visibility == "context":
-            at = last[:, None]
-            lives = (self.kinds != LEAVING) | (self.positions + rule.recent_tokens > at)
-            earlier = (self.positions <= at) & (self.starts <= at + 1) & lives & (self.kinds != CL)
-            of_cr = of_cr | earlier
-        seen = seen.expand(len(span), -1, -1).clone()
-        seen[:, 1:] |= of_cr[:, None, :]
-        index = torch.arange(self.slots, device=span.device)
-        seen &= (index <= index[slots:, None]) & (self.real[:, None, :] | _own_key(new, self.slots, span.device))
-
-        first_to_go = first.clamp(min=rule.sink_tokens)
-        starts = torch.where((last >= first_to_go) & (rule.recent_tokens > 0), first_to_go + rule.recent_tokens + 1, 0)
-        is_cr = index > slots
-        leaves = torch.nn.functional.pad(span, (0, new)) & ~sinks
-        kinds = torch.where(leaves, LEAVING, self.kinds)
-        kinds = torch.where(kinds == CL, GONE, torch.where(kinds == CR, COMPRESSED, kinds))
-        self._fold = Held(kinds, self.positions, torch.where(is_cr, starts[:, None], self.starts))
-        return seen, positions
+    def _note_fold(self, span: Tensor, first: Tensor, last: Tensor) -> None:
+        """Add slots for a <CL> and its <CR>, and order all slots as if they stood around their span."""
+        folds, crs = (last >= first)[:, None], self.rule.cr_tokens
+        behind = self.positions > last[:, None]
+        kinds = torch.tensor([CL] + [CR] * crs, device=span.device).expand(len(span), -1)
+        positions = torch.cat([(first - 1).clamp(min=0)[:, None], last[:, None].expand(-1, crs)], dim=1)
+        self._note(torch.where(folds, kinds, DROPPED), positions.clamp(min=0), folds.expand(-1, 1 + crs))
+        places = torch.where(span, 2, torch.where(behind, 4, 0))
+        own = torch.tensor([1] + [3] * crs, device=span.device).expand(len(span), -1)
+        self._fold = torch.cat([places, own], dim=1).argsort(dim=-1, stable=True)
 
     def drop_oldest(self, count: Tensor) -> None:
         """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
@@ -334,16 +345,21 @@ class SentinelCache(Cache):
         if count < 0:
             raise ValueError("crop takes the number of tokens to unread as a negative number")
         if count > self._undoable:
-            raise ValueError(f"only the last {self._undoable} tokens can be unread: keys have left the cache before")
+            raise ValueError(
+                f"only the last {self._undoable} tokens can be unread, keys have left the cache before: assisted "
+                "generation needs a rule under which generated text stays"
+            )
         if count:
             if bool(self.digest.any()):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
-            text = self.real & ((self.kinds == TEXT) | (self.kinds == UNDRAWN))
+            text = self.real & (self.kinds == TEXT) if self.rule.uses_sentinels else self.real
             self.text_read = self.text_read - text[:, -count:].sum(-1)
+            self.real_read = self.real_read - self.real[:, -count:].sum(-1)
             self._truncate(self.slots - count)
             self._tokens_read -= count
             self._undoable -= count
-            self._visible_to_all = self._all_visible()
+            self.fingerprint = torch.full_like(self.fingerprint, -1)  # of tokens that nobody names here
+            self._is_quiet = self._sees_all()
 
     def reset(self) -> None:
         """Forget everything; the memory is freed."""
@@ -367,7 +383,7 @@ class SentinelCache(Cache):
         """Let the padding go that only rows which have left needed."""
         if not bool(self.real.any(0).all()):
             self._drop(self.real)
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, so that one prefill serves several continuations."""
@@ -376,26 +392,82 @@ class SentinelCache(Cache):
             for name in PER_SLOT + PER_ROW:
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
-    def followed_by(self, input_ids: Tensor) -> dict:
-        """What `model.generate` takes to go on behind this cache with new tokens `(batch, new)`, at least one.
+    def followed_by(self, input_ids: Tensor | Mapping, attention_mask: Tensor | None = None) -> dict:
+        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one a row.
 
-        That goes on in a copy, so that the cache can be followed by something else afterwards; the keys are shared, as
-        no key ever changes. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
+        `input_ids` may also be what a tokenizer returns. `attention_mask` `(batch, new)` is 0 where a token is padding,
+        on either side; padding is moved to the left, where generation needs it. A cache of one row takes any number of
+        rows of tokens.
+
+        Generation works on a copy, so that the cache can be followed by something else afterwards; the keys are
+        shared, as no key ever changes. Beams and several sequences a row (`num_beams`, `num_return_sequences`) repeat
+        the copy's rows. Sentinels are not generated. `generate` then returns the new tokens and its own, not those
         that the cache has read::
 
             output = model.generate(**cache.followed_by(question), max_new_tokens=64)
+
+        Raises ValueError if rows or shapes do not fit.
         """
-        if not input_ids.shape[1]:
-            raise ValueError("give at least one new token: the cache keeps no scores for what it has read")
-        if self.slots and len(input_ids) != len(self.kinds):
-            raise ValueError(f"the cache holds {len(self.kinds)} rows, but {len(input_ids)} were given")
-        read = input_ids.new_ones(len(input_ids), self.get_seq_length() + input_ids.shape[1])
+        if isinstance(input_ids, Mapping):
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError('new tokens are a tensor (batch, new): call the tokenizer with return_tensors="pt"')
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+        if real.shape != input_ids.shape:
+            raise ValueError(f"attention_mask is {tuple(real.shape)}, the new tokens are {tuple(input_ids.shape)}")
+        if not bool(real.any(-1).all()) or not input_ids.numel():
+            raise ValueError("give every row at least one new token: the cache keeps no scores for what it has read")
+        rows = len(self.kinds) if self.slots else len(input_ids)
+        if rows not in (1, len(input_ids)):
+            raise ValueError(f"the cache holds {rows} rows, but {len(input_ids)} were given")
+        to_the_left = real.argsort(dim=-1, stable=True)
+        read = real.new_ones(len(input_ids), self.get_seq_length())
         own = copy.copy(self)
         own.layers = [copy.copy(layer) for layer in self.layers]
-        inputs = {"input_ids": input_ids, "attention_mask": read, "past_key_values": own}
+        own._repeatable = True
+        inputs = {
+            "input_ids": input_ids.gather(1, to_the_left),
+            "attention_mask": torch.cat([read, real.gather(1, to_the_left)], dim=1),
+            "past_key_values": own,
+        }
         if self.rule.uses_sentinels:
             inputs["suppress_tokens"] = [self.rule.cl_id, self.rule.cr_id]
         return inputs
+
+    def _fit_rows(self, batch: int) -> None:
+        """Repeat a followed copy's rows as `generate` has repeated its inputs; ValueError if other rows are given."""
+        rows, repeatable, self._repeatable = len(self.kinds), self._repeatable, False
+        if rows == batch:
+            return
+        if not repeatable or batch % rows:
+            raise ValueError(
+                f"the cache holds {rows} rows, but {batch} were given: generate takes several beams or sequences a row "
+                "with **cache.followed_by(new_tokens); cache.batch_repeat_interleave repeats rows"
+            )
+        self.batch_repeat_interleave(batch // rows)
+
+    def refuse_misreading(self, input_ids: Tensor, attention_mask: Tensor | None, slices: bool = True) -> None:
+        """ValueError unless `generate` will read just what is new of these tokens `(batch, length)`.
+
+        transformers takes them for new where the mask is longer by what the cache has read (see `followed_by`). Else
+        it takes them for all that was read and more, and cuts off as many as were read, whatever they are: they must
+        begin with what was read. `slices` is False where it does not cut, in assisted generation.
+        """
+        read, length = self.get_seq_length(), input_ids.shape[1]
+        masked = length if attention_mask is None else attention_mask.shape[1]
+        if not read or masked == read + length:
+            return
+        if slices and masked == length > read and len(input_ids) == len(self.kinds):
+            ids, real = (part if part is None else part[:, :read] for part in (input_ids, attention_mask))
+            text = self.rule.text(ids, real)
+            found = _fingerprint(ids, text.cumsum(-1) - 1, text).to(self.fingerprint.device)
+            if torch.equal(found, self.fingerprint) and text.sum(-1).tolist() == self.text_read.tolist():
+                return
+        raise ValueError(
+            f"the cache has read {read} tokens already, and cannot tell what is new of these {length}: give generate "
+            "the new tokens alone, model.generate(**cache.followed_by(new_tokens))"
+        )
 
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to read it back with `load` under the same model."""
@@ -447,11 +519,13 @@ class SentinelCache(Cache):
             setattr(self, name, tensors[name])
         of_states = tensors["keys.0"].dtype
         for keys, values in ((tensors[keys], tensors[values]) for keys, values in states):
-            alike = keys.shape == values.shape and keys.dtype == values.dtype == of_states
-            if not alike or not of_states.is_floating_point or keys.dim() != 4:
-                raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)}, values {tuple(values.shape)}")
-            if (keys.shape[0], keys.shape[2]) != (batch, slots) or 0 in (keys.shape[1], keys.shape[3]):
-                raise ValueError(f"keys have shape {tuple(keys.shape)} for {batch} rows of {slots} slots")
+            if keys.dtype != of_states or values.dtype != of_states or not of_states.is_floating_point:
+                raise ValueError(f"keys are {keys.dtype}, values {values.dtype}, others {of_states}")
+            for part in (keys, values):  # latent attention has values of another width
+                if part.dim() != 4 or part.shape[::2] != (batch, slots) or 0 in part.shape[1::2]:
+                    raise ValueError(f"keys or values of {tuple(part.shape)} for {batch} rows of {slots} slots")
+            if keys.shape[1] != values.shape[1]:
+                raise ValueError(f"keys have {keys.shape[1]} heads, values {values.shape[1]}")
             layer = SentinelLayer()
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
@@ -459,23 +533,25 @@ class SentinelCache(Cache):
         padded = torch.arange(slots, device=self.real.device) >= self.lengths[:, None]
         in_range = {
             "real": (self.real != padded) & self.real.any(0),
-            "kinds": (self.kinds >= 0) & (self.kinds <= GONE),
+            "kinds": (self.kinds >= 0) & (self.kinds < self.rule.num_kinds),
             "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
-            "starts": (self.starts >= 0) & (self.starts <= 2 * NEVER),
+            "visible_from": (self.visible_from >= 0) & (self.visible_from <= 2 * NEVER),
             "text_read": (self.text_read >= 0) & (self.text_read <= tokens_read),
+            "real_read": (self.real_read >= self.text_read) & (self.real_read <= tokens_read),
         }
         wrong = [name for name, fits in in_range.items() if not bool(fits.all())]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} cannot be what a model has read")
         self._tokens_read = tokens_read
-        self._visible_to_all = self._all_visible()
+        self._is_quiet = self._sees_all()
 
 
 def _rule_of(note: dict) -> Rule:
     """The rule that a saved cache's note tells of; ValueError if there is no such rule."""
-    name, options, plain = note.get("rule"), note.get("options"), asdict(Rule())
+    name, options = note.get("rule"), note.get("options")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError("its rule is unknown")
+    plain = asdict(METHODS[name]())
     if not isinstance(options, dict) or options.keys() != plain.keys():
         raise ValueError("its rule has other options")
     for option, value in options.items():
@@ -484,7 +560,18 @@ def _rule_of(note: dict) -> Rule:
     return METHODS[name](**options)
 
 
-def _own_key(new: int, slots: int, device) -> Tensor:
+def _reordered(tokens: Tokens, order: Tensor) -> Tokens:
+    """Tokens in another order, long `(batch, length)`."""
+    return Tokens(*(part.gather(-1, order) for part in tokens[:4]), tokens.bound)
+
+
+def _fingerprint(input_ids: Tensor, positions: Tensor, text: Tensor) -> Tensor:
+    """A number for the text tokens at these positions, long `(batch,)`: those of pieces add up to the whole text's."""
+    mixed = (input_ids + 1) * 0x1E3779B97F4A7C15 ^ (positions + 1) * 0x3F58476D1CE4E5B9
+    return ((mixed ^ (mixed >> 29)) * 0x14D049BB133111EB * text).sum(-1)
+
+
+def own_key(new: int, slots: int, device) -> Tensor:
     """Every new token's own key: bool `(new, slots)`."""
     index = torch.arange(slots, device=device)
     return index == index[slots - new :, None]
@@ -500,13 +587,30 @@ def causal_lm_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which token ids belong: the one where the input embedding is computed.
+
+    accelerate's hooks say so for a model that is offloaded or spread over devices (`device_map`): its weights may lie
+    on "meta" until they are needed.
+    """
+    embedding = causal_lm_of(model).get_input_embeddings()
+    for module in embedding.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    parameters = (*embedding.parameters(), *model.parameters())
+    return next((each.device for each in parameters if not each.is_meta), parameters[0].device)
+
+
 @dataclass(frozen=True)
 class Budget:
     """Keeps a cache small while text is generated: call `enforce` after every forward pass.
 
-    A row that holds more than `max_length` keys, or more than (1 − `ratio`) of the text tokens read, has its oldest
-    run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the budget or
-    has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be removed.
+    A row that holds more than `max_length` keys, or more than n − round(`ratio` · n) after n text tokens, has its
+    oldest run of `span_length` plain tokens folded, but never the most recent `recent` ones, until it is within the
+    budget or has no such run. So a ratio is kept to within a span, and at most 1 − 1/span_length of the text can be
+    removed.
     `max_length` is kept always: where folding is not enough the oldest keys are dropped, and memory is bounded however
     much is generated. (This project.)
 
@@ -535,7 +639,7 @@ class Budget:
 
     def allowed(self, text_read: int) -> int:
         """Keys that a row may hold when it has read so much text."""
-        by_ratio = text_read if self.ratio is None else int((1 - self.ratio) * text_read)
+        by_ratio = text_read - (0 if self.ratio is None else share_to_remove(text_read, self.ratio))
         return by_ratio if self.max_length is None else min(by_ratio, self.max_length)
 
     def enforce(self, cache: SentinelCache, model: nn.Module | None = None) -> None:
@@ -554,6 +658,8 @@ class Budget:
 
     def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
         """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""
+        if not cache.rule.uses_sentinels:
+            return 0, -1
         recent, sinks = max(self.recent, cache.rule.recent_tokens), cache.rule.sink_tokens
         plain = cache.real[row] & (cache.kinds[row] == TEXT)
         plain &= (cache.positions[row] >= sinks) & (cache.positions[row] < text_read - recent)

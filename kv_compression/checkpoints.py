@@ -5,15 +5,17 @@ Knows files, steps and minutes; what is in a checkpoint is `training`'s business
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from kv_compression import ownership
 from kv_compression.errors import RunError, UsageError
 from kv_compression.fields import Fields, is_count, is_object, wrong
 from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.whole_files import remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,17 @@ class Checkpoint:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of the run in `folder` whose settings are `identity`, one every so many `steps` or `minutes`."""
+    """The checkpoints of the run in `folder` whose settings are `identity`, one every so many `steps` or `minutes`.
+
+    A setting that a checkpoint of an older version does not name had its value in `defaults`.
+    """
 
     folder: Path
     identity: dict
     steps: int | None = None
     minutes: float | None = None
     keep: int = 2
+    defaults: dict = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
 
     def due_at(self, step: int) -> bool:
@@ -54,16 +60,17 @@ class Checkpoints:
         path = self.folder / FOLDER / f"step_{step:08d}.safetensors"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         note = {"step": step, "identity": self.identity, "state": state}
-        remove_partial(path.parent)
+        write = partial(ownership.write, folder=self.folder, holds=ownership.ANYTHING)
         try:
-            write_tensors(path, tensors, note)
+            self._remove(ownership.is_partial)
+            write_tensors(path, tensors, note, write)
+            self._last = time.monotonic()
+            old = {f"{FOLDER}/{path.name}" for path in self._paths()[self.keep :]}
+            self._remove(old.__contains__)
         except OSError as error:
             good = self.newest_step()
             there = f"the last good one is of step {good}" if good else "there is none before it"
             raise RunError(f"cannot write the checkpoint {path}: {error.strerror or error}; {there}") from error
-        self._last = time.monotonic()
-        for old in self._paths()[self.keep :]:
-            old.unlink(missing_ok=True)
         return path
 
     def read(self, step: int | None = None) -> Checkpoint | None:
@@ -79,7 +86,7 @@ class Checkpoints:
                 log.warning("the checkpoint %s is damaged: looking for the one before it", path)
                 print(f"the checkpoint {path} is damaged: looking for the one before it", flush=True)
                 continue
-            identity = note["identity"]
+            identity = self.defaults | note["identity"]
             changed = [name for name in identity | self.identity if identity.get(name) != self.identity.get(name)]
             if changed:
                 raise UsageError(
@@ -95,12 +102,12 @@ class Checkpoints:
         return int(paths[0].stem.removeprefix("step_")) if paths else None
 
     def clear(self) -> None:
-        """Let all of them go."""
-        remove_partial(self.folder / FOLDER)
-        for path in self._paths():
-            path.unlink(missing_ok=True)
-        if (self.folder / FOLDER).is_dir() and not any((self.folder / FOLDER).iterdir()):
-            (self.folder / FOLDER).rmdir()
+        """Let all of them go. OSError if the disk refuses."""
+        self._remove(lambda name: True)
+
+    def _remove(self, which: Callable[[str], bool]) -> None:
+        """Remove what `write` has written, whole or not, as far as it is `which`."""
+        ownership.remove(self.folder, lambda name: name.startswith(f"{FOLDER}/") and which(name))
 
     def _paths(self) -> list[Path]:
         """The files, newest first; whatever else lies there is not looked at."""

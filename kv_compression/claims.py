@@ -12,6 +12,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+BEGINNING = b'{"host": '  # of a claim
+
 
 class GivenUp(Exception):
     """This worker was silent for so long that another has taken its claim over."""
@@ -77,6 +79,15 @@ class Claims:
             return False
 
 
+def is_claim(path: Path) -> bool:
+    """Whether a file is some worker's claim, or one that its worker was killed writing: not anybody else's."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[: len(BEGINNING)] == BEGINNING[: len(content)]
+
+
 class Claim:
     """One worker's right to a job."""
 
@@ -103,9 +114,10 @@ class Claim:
         with suppress(OSError):  # it will expire
             if self._is_ours():
                 for number in self.claims.generations(self.job):
-                    dead = number < self.generation and not self.claims.is_alive(self.job, number)
+                    path = self.claims.path(self.job, number)
+                    dead = number < self.generation and not self.claims.is_alive(self.job, number) and is_claim(path)
                     if dead or number == self.generation:
-                        self.claims.path(self.job, number).unlink(missing_ok=True)
+                        path.unlink(missing_ok=True)
 
     def _is_ours(self) -> bool:
         """Whether the file is the one that was created: workers that came and went may have freed its name."""

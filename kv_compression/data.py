@@ -12,38 +12,46 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
 from kv_compression.disk_cache import cached_tensors
-from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.errors import RunError, UsageError, is_main_process, one_line, printable
 from kv_compression.hub import check_hub
-from kv_compression.information import unit_starts
+from kv_compression.information import find_spacy_model, installed_spacy, unit_starts
 from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, is_text, next_text_token
-from kv_compression.spans import exact_spans, most_removable, paper_spans, widest_window
+from kv_compression.spans import exact_spans, most_removable, paper_spans, share_to_remove, widest_window
 from kv_compression.strategic import cheapest_spans, fixed_spans
 from kv_compression.tensor_files import digest
+
+if TYPE_CHECKING:
+    import datasets  # else where it is used: it takes a second, and the library does without
 
 SPLITS = ("train", "validation", "test")
 OFFLINE = "--preset embedded, which needs no network, or local files"
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
 BLANKS = re.compile(r"\s*")
+NUMERAL = re.compile(r"[\s\d.,:+-]*")
+SAMPLE = 1000  # texts that are looked at to see what a column holds
 
 
-def load_file(path: str, split: str) -> datasets.Dataset:
+def load_file(path: str, split: str) -> "datasets.Dataset":
     """The rows of the local file that --<split>_file names, as `read_texts` reads it."""
+    import datasets
+
     features = datasets.Features({"text": datasets.Value("large_string")})
     return datasets.Dataset.from_dict({"text": read_texts(path, f"{split}_file")}, features)
 
 
 def read_texts(path: str, flag: str) -> list[str]:
-    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file; all but .txt need a column "text".
+    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file, of its `text_column`.
 
     Rows without a text are left out. UsageError or RunError, naming the `flag` that named the file, if it is no such
     file. Read by Python's own parsers: those of `datasets` would unpack an archive, whatever its name ends in, and take
@@ -58,18 +66,21 @@ def read_texts(path: str, flag: str) -> list[str]:
         raise UsageError(f"{source} is empty")
     try:
         rows = READERS[file.suffix](file.read_text(encoding="utf-8-sig"))
-        texts = [row["text"] for row in rows if row.get("text") is not None]
+        names = list(dict.fromkeys(itertools.chain(*rows)))
+        column = text_column(names, source) if rows else "text"
+        texts = [row[column] for row in rows if row.get(column) is not None]
         wrong = [text for text in texts if not isinstance(text, str)]
         if not wrong:
             "".join(texts).encode()  # JSON can tell of lone surrogates, which are no text
+    except UsageError:
+        raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise RunError(f"{source} cannot be read as {file.suffix}: {one_line(error)}") from error
     if wrong:
-        raise UsageError(f'the column "text" of {source} holds {type(wrong[0]).__name__} values, not text')
-    if rows:
-        _check_columns(list(dict.fromkeys(itertools.chain(*rows))), source)
+        raise UsageError(f'the column "{column}" of {source} holds {type(wrong[0]).__name__} values, not text')
     if not texts:
         raise UsageError(f"{source} holds no text")
+    _tell_column(column, names, texts, source)
     return texts
 
 
@@ -103,8 +114,10 @@ def _lines(text: str) -> list[dict]:
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".txt": _lines, ".csv": _csv_rows}
 
 
-def load_hub_split(name: str, config: str | None, split: str) -> datasets.Dataset | None:
+def load_hub_split(name: str, config: str | None, split: str) -> "datasets.Dataset | None":
     """One split of a dataset on the Hugging Face hub, or in a local folder, None if it has no such split."""
+    import datasets
+
     if not Path(name).exists():
         check_hub(name, "dataset", f"{OFFLINE} with --train_file and --test_file")
     try:
@@ -118,6 +131,8 @@ def load_hub_split(name: str, config: str | None, split: str) -> datasets.Datase
 
 def stream_c4(seed: int) -> Iterator[str]:
     """The English validation documents of C4, streamed from the Hugging Face hub in an order fixed by the seed."""
+    import datasets
+
     check_hub("allenai/c4", "dataset", "local documents with --docs_file")
     try:
         rows = datasets.load_dataset("allenai/c4", "en", split="validation", streaming=True)
@@ -129,20 +144,40 @@ def stream_c4(seed: int) -> Iterator[str]:
         ) from error
 
 
-def with_text(rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """`rows` with its column "text" alone, without missing values; UsageError if there is no such text."""
-    _check_columns(rows.column_names, source)
-    rows = rows.select_columns("text").filter(_present, batched=True)
+def with_text(rows: "datasets.Dataset", source: str) -> "datasets.Dataset":
+    """`rows` with their `text_column` alone, as "text", without missing values; UsageError if there is no such text."""
+    column = text_column(rows.column_names, source)
+    names, rows = rows.column_names, rows.select_columns(column)
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    rows = rows.filter(_present, batched=True)
     if len(rows) == 0:
         raise UsageError(f"{source} holds no text")
     if not isinstance(rows[0]["text"], str):
-        raise UsageError(f'the column "text" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
+        raise UsageError(f'the column "{column}" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
+    _tell_column(column, names, rows[:SAMPLE]["text"], source)
     return rows
 
 
-def _check_columns(names: Sequence[str], source: str) -> None:
-    if "text" not in names:
-        raise UsageError(f'{source} has no column "text" (it has: {", ".join(names) or "none"})')
+def text_column(names: Sequence[str], source: str) -> str:
+    """The column that holds the text: "text", or else the first, as the published scripts choose.
+
+    UsageError if there is none.
+    """
+    if not names:
+        raise UsageError(f'{source} has no column "text", nor any other')
+    return "text" if "text" in names else names[0]
+
+
+def _tell_column(column: str, names: Sequence[str], texts: Sequence[str], source: str) -> None:
+    """Say which of the columns `names` is read in place of "text"; UsageError if it holds numbers, as ids are."""
+    if column == "text":
+        return
+    if all(NUMERAL.fullmatch(text) for text in texts[:SAMPLE]):
+        there = ", ".join(names)
+        raise UsageError(f'{source} has no column "text", and its first, "{column}", holds numbers (it has: {there})')
+    if is_main_process():
+        print(printable(f'{source} has no column "text": its first, "{column}", is read'), file=sys.stderr, flush=True)
 
 
 def _present(batch: dict) -> list[bool]:
@@ -195,7 +230,7 @@ class SpanPlan:
             if last > first:
                 regions.append((first, last))
         bound = [most_removable(last - first, self.max_span_length, self.cr_tokens) for first, last in regions]
-        to_remove = round(self.ratio * num_tokens)
+        to_remove = share_to_remove(num_tokens, self.ratio)
         if to_remove > sum(bound):
             raise ValueError(
                 f"ratio {self.ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most "
@@ -215,17 +250,29 @@ class SpanPlan:
 
 
 def tokenize(
-    rows: datasets.Dataset, tokenizer, split: str, plan: SpanPlan | None, num_workers: int | None, unit: str = "token"
+    rows: "datasets.Dataset",
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    num_workers: int | None,
+    unit: str = "token",
+    spacy_model: str | None = None,
+    documents: str = "auto",
 ) -> dict[str, Tensor]:
     """All rows as one stream of tokens, kept on disk for the next run.
 
-    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of.
-    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins. With a `plan` that
-    compresses, sentinels stand in the text as words (protocol `paper`).
+    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of
+    (by `document_numbers`). UsageError if the texts have no such `documents`.
+    Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by `spacy_model`. With a
+    `plan` that compresses, sentinels stand in the text as words (protocol `paper`).
     """
     plan = plan if plan and plan.compress else None
+    spacy_model = find_spacy_model(unit, spacy_model)
+    numbers = document_numbers(rows["text"], documents, split)
 
     def compute() -> dict[str, Tensor]:
+        import datasets
+
         features = {"input_ids": datasets.List(datasets.Value("int64"))}
         if unit != "token":
             features["unit_starts"] = datasets.List(datasets.Value("bool"))
@@ -233,7 +280,13 @@ def tokenize(
             _tokenize_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "split": split, "plan": plan, "unit": unit},
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "split": split,
+                "plan": plan,
+                "unit": unit,
+                "spacy_model": spacy_model,
+            },
             features=datasets.Features(features),
             remove_columns=rows.column_names,
             num_proc=num_workers if num_workers and num_workers > 1 else None,
@@ -242,7 +295,7 @@ def tokenize(
         columns = {name: tokenized.data.column(name).combine_chunks() for name in features}
         stream = {name: torch.tensor(np.array(column.flatten())) for name, column in columns.items()}
         counts = torch.tensor(np.array(columns["input_ids"].value_lengths(), dtype=np.int64))
-        return stream | {"documents": torch.tensor(document_numbers(rows["text"])).repeat_interleave(counts)}
+        return stream | {"documents": torch.tensor(numbers).repeat_interleave(counts)}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -255,16 +308,23 @@ def tokenize(
         "unit": unit,
         "numbering": 2,  # the version of `document_numbers`
     }
+    if unit != "token":
+        versions = installed_spacy()
+        key["spacy"] = {name: versions[name] for name in ("spacy", spacy_model)}
+    if documents != "auto":
+        key["of"] = documents
     return cached_tensors("tokens", key, compute)
 
 
-def document_numbers(texts: Sequence[str]) -> list[int]:
-    """The number, from 0, of the document that each row is of.
+def document_numbers(texts: Sequence[str], documents: str = "auto", split: str = "") -> list[int]:
+    """The number, from 0, of the document that each row is of: "rows" are one each, or lines of WikiText "articles".
 
-    Where rows are lines of WikiText an article is a document, and begins at its title line; else a row is one. A title
-    stands between blank rows, running text that looks like one does not; where no such row has blank neighbours, the
-    blank rows have been left out and all of them count.
+    An article begins at its title line. A title stands between blank rows, running text that looks like one does not;
+    where no such row has blank neighbours, the blank rows have been left out and all of them count. "auto" takes
+    articles where there is a title. UsageError, naming the `split`, if articles are asked for and there is none.
     """
+    if documents == "rows":
+        return list(range(len(texts)))
     titles = np.array([TITLE.fullmatch(text) is not None for text in texts])
     blank = np.array([True, *(not text.strip() for text in texts), True])
     apart = titles & blank[:-2] & blank[2:]
@@ -272,10 +332,20 @@ def document_numbers(texts: Sequence[str]) -> list[int]:
     if titles.any():
         titles[0] = False  # what stands before the first title is a document, if there is anything
         return np.cumsum(titles).tolist()
+    if documents == "articles":
+        raise UsageError(f"--documents articles: the {split} split has no title line of WikiText ( = Title = )")
     return list(range(len(texts)))
 
 
-def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan: SpanPlan | None, unit: str) -> dict:
+def _tokenize_batch(
+    batch: dict,
+    indices: list[int],
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    unit: str,
+    spacy_model: str | None = None,
+) -> dict:
     texts = batch["text"]
     for index, text in zip(indices, texts):
         if CL_TOKEN in text or CR_TOKEN in text:
@@ -285,10 +355,11 @@ def _tokenize_batch(batch: dict, indices: list[int], tokenizer, split: str, plan
             mark_words(text, plan, np.random.default_rng([plan.seed, SPLITS.index(split), index]))
             for index, text in zip(indices, texts)
         ]
+    # As the published code: with the special tokens that the tokenizer puts around every row, end-of-text too.
     if unit == "token":
         return {"input_ids": tokenizer(texts)["input_ids"]}
     encoded = tokenizer(texts, return_offsets_mapping=True)
-    starts = unit_starts(texts, encoded["offset_mapping"], unit)
+    starts = unit_starts(texts, encoded["offset_mapping"], unit, spacy_model)
     return {"input_ids": encoded["input_ids"], "unit_starts": starts}
 
 

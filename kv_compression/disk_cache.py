@@ -3,13 +3,13 @@
 A file that is damaged, or not of this cache, is told from a good one and made again.
 """
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
 from torch import Tensor
 
 from kv_compression.tensor_files import canonical, digest, read_tensors, write_tensors
@@ -53,16 +53,15 @@ def _read(path: Path, key: dict) -> dict[str, Tensor] | None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep other processes out while this one works, as far as the file system has locks."""
-    file = None
+    lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.acquire()
     except OSError as error:
         log.debug("%s cannot be locked: %s", path, error)
     try:
         yield
     finally:
-        if file is not None:
-            with file, suppress(OSError):
-                path.unlink()  # who waits for it gets the lock of a file without a name, and looks again
+        with suppress(OSError):
+            path.unlink()  # who waits for it opens another, and looks again
+        lock.release()

@@ -1,6 +1,5 @@
 """One run of claim 1, from settings to results.json: load, attach, evaluate, fine-tune, evaluate, save."""
 
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -9,21 +8,22 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
-from typing import IO
 
-import accelerate
+import filelock
 import huggingface_hub
 import peft
 import torch
 import transformers
 from torch import nn
 
-from kv_compression import presets, processes, strict_json
+from kv_compression import ownership, presets, processes, strict_json
 from kv_compression.attention import FLEX, SORTED_FLEX, compressed_attention
-from kv_compression.checkpoints import FOLDER, Checkpoint, Checkpoints
+from kv_compression.checkpoints import Checkpoint, Checkpoints
+from kv_compression.commit import commit_of_project
 from kv_compression.data import (
     OFFLINE,
     SPLITS,
@@ -37,16 +37,26 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import is_measured
 from kv_compression.hub import check_hub
 from kv_compression.information import cached_self_information
-from kv_compression.model_card import write_card
+from kv_compression.loading import cast, merge_adapter, stored_dtype
+from kv_compression.model_card import CARD, write_card
 from kv_compression.perplexity import Evaluation, evaluate
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
 from kv_compression.results import RESULTS, read_results, results_of_run, write_json
 from kv_compression.scalars import Scalars
 from kv_compression.sentinels import add_sentinels
 from kv_compression.tensor_files import digest
-from kv_compression.training import LORA_ALPHA, LORA_DROPOUT, OPTIMIZER, add_lora, lora_targets, prepare, train, trained
+from kv_compression.training import (
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    OPTIMIZER,
+    Schedule,
+    add_lora,
+    lora_targets,
+    prepare,
+    train,
+    trained,
+)
 from kv_compression.visibility import METHODS, Rule
-from kv_compression.whole_files import PARTIAL, remove_partial
 
 log = logging.getLogger(__name__)
 
@@ -56,27 +66,30 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict | None:
     """Results of the very same settings in the output folder, if there are any.
 
-    Raises UsageError if the folder holds a run of other settings, unless `overwrite`, or anything that is not a run,
-    or, without `resume`, checkpoints that a new run would replace.
+    Raises UsageError if the folder holds a run of other settings, unless `overwrite`; anything that no run has written,
+    or that was changed since; or, without `resume`, checkpoints that a new run would replace.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file")
-    foreign = [path.name for path in folder.iterdir() if not _made_by_a_run(path)] if folder.is_dir() else []
+    results = None if overwrite else _results_in(folder)
+    differing = "" if results is None else _differences(results["settings"], settings.identity())
+    if results is not None and not differing:
+        return results
+    there = [f"results of other settings ({differing})"] if differing else []
+    foreign = list(islice(ownership.others(folder, but={LOCK}), 3)) if folder.is_dir() else []
     if foreign:
-        raise UsageError(f"{folder} holds other files ({', '.join(foreign[:3])}): choose another --output_dir")
-    if overwrite:
-        return None
-    results = read_results(folder)
-    if results is not None:
-        differing = _differences(results.get("settings"), settings.identity())
-        if not differing:
-            return results
+        there.append(f"files that no run has written there, or that were changed since ({', '.join(foreign)})")
+    if there:
+        instead = "move them away" if foreign else "replace them with --overwrite"
+        raise UsageError(f"{folder} holds {' and '.join(there)}: choose another --output_dir, or {instead}")
+    made = [] if overwrite else _made_of_a_run(folder)
+    if made:
         raise UsageError(
-            f"{folder} holds results of other settings ({differing}): choose another --output_dir, "
-            "or replace them with --overwrite"
+            f"{folder} holds what was made of an earlier run ({', '.join(made[:3])}): choose another --output_dir, or "
+            "replace it with --overwrite"
         )
-    step = None if resume else checkpoints_of(settings).newest_step()
+    step = None if resume or overwrite else checkpoints_of(settings).newest_step()
     if step is not None:
         raise UsageError(
             f"{folder} holds a run that was broken off after step {step} or later: --resume_from_checkpoint goes on, "
@@ -85,18 +98,26 @@ def finished(settings: Settings, overwrite: bool, resume: bool = True) -> dict |
     return None
 
 
-LOCK, UNTRAINED = "run.lock", "untrained.json"
+LOCK, LOG, UNTRAINED = "run.lock", "train.log", "untrained.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_MADE_BY_A_RUN = (RESULTS, f".*{PARTIAL}", "train.log", "tensorboard", "README.md")
-_MADE_BY_A_RUN += ("adapter_*", "*token*.json", "*.jinja")
-_MADE_ON_THE_WAY = (LOCK, UNTRAINED, FOLDER)
-_MADE_BY_TOKENIZERS = ("vocab.json", "merges.txt")
-_MADE_OF_A_RUN = ("generation*", "scores*", "*.about.json", "report*")  # by the scripts of claim 2
 
 
-def _made_by_a_run(path: Path) -> bool:
-    patterns = _MADE_BY_A_RUN + _MADE_ON_THE_WAY + _MADE_BY_TOKENIZERS + _MADE_OF_A_RUN
-    return any(path.match(pattern) for pattern in patterns)
+def _results_in(folder: Path) -> dict | None:
+    """`read_results` of an output folder. UsageError if its results.json is no run's."""
+    try:
+        results = read_results(folder)
+    except RunError as error:
+        raise UsageError(f"{error}: choose another --output_dir, or move it away") from error
+    if results is not None and "export" in results:
+        raise UsageError(f"{folder} holds an exported model: choose another --output_dir")
+    return results
+
+
+def _made_of_a_run(folder: Path) -> list[str]:
+    """What was made of a finished run whose results.json is gone: the files that were listed after it."""
+    names = list(ownership.listed(folder))
+    after = names[names.index(RESULTS) + 1 :] if RESULTS in names else []
+    return [name for name in after if name != LOG and (folder / name).exists()]
 
 
 def _differences(old, new: dict) -> str:
@@ -110,8 +131,8 @@ def _differences(old, new: dict) -> str:
 def run(settings: Settings, resume: bool = False) -> dict:
     """Carry out a run and return what its results.json holds.
 
-    What an earlier run left in the output folder is replaced once model and data are there, but with `resume` its
-    newest checkpoint is gone on from, if it has one. RunError if another process works in the folder.
+    What an earlier run has written in the output folder is removed once model and data are there, but with `resume` the
+    run resumes from its newest checkpoint, if it has one. RunError if another process works in the folder.
     """
     with only_run_in(Path(settings.output_dir)):
         return _run(settings, resume)
@@ -121,18 +142,20 @@ def _run(settings: Settings, resume: bool) -> dict:
     start = time.perf_counter()
     processes.load_whole_models()
     transformers.set_seed(settings.seed)
-    accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = processes.accelerator(settings.mixed_precision)
     folder = Path(settings.output_dir)
+    commit = commit_of_project()  # of the code that is running, whatever is checked out meanwhile
     tokenizer, model, revision = load_model(settings)
     check_length(model, settings.block_size)
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_blocks(settings, tokenizer, model, accelerator, revision)
-    checkpoints = checkpoints_of(settings)
+    trained_on = len(splits.get("train", ()))
+    checkpoints = checkpoints_of(settings, Schedule(settings, trained_on, accelerator.num_processes).steps_per_epoch)
     checkpoint = read_checkpoint(checkpoints) if resume else None
     if accelerator.is_main_process:
         if checkpoint is None:
             _clear(folder)
-        _log_to(folder / "train.log", append=checkpoint is not None)
+        _log_to(folder / LOG)
     accelerator.wait_for_everyone()
     log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
@@ -148,23 +171,16 @@ def _run(settings: Settings, resume: bool) -> dict:
     writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
     with compressed_attention(model, rule=rule) as patch:
         untrained = processes.on_main(read_untrained, folder) if checkpoint else None
-        if untrained is None and (settings.eval_only or not settings.skip_untrained):
+        if untrained is None and not (settings.eval_only or settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:
                 write_json(folder / UNTRAINED, untrained)
         report = None
         if not settings.eval_only:
             report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
-        scores = {
-            split: untrained if split == "test" and report is None else score(split, f"{split} split")
-            for split in ("test", "validation")
-            if split in splits
-        }
-    if writer is not None:
-        for split, result in scores.items():
-            writer.add(f"{split}/perplexity", result["perplexity"], report.steps if report else 0)
-        writer.flush()
-
+        # The test split last: train.log ends with its perplexity.
+        scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
+        untrained = scores["test"] if settings.eval_only else untrained
     results = {
         "method": settings.method,
         "bound_ratio": settings.bound_ratio,
@@ -183,7 +199,7 @@ def _run(settings: Settings, resume: bool) -> dict:
         "lora_target_modules": targets,
         "lora_alpha": LORA_ALPHA,
         "lora_dropout": LORA_DROPOUT,
-        "optimizer": OPTIMIZER,
+        "optimizer": OPTIMIZER | {"weight_decay": settings.weight_decay},
         "model": settings.model_name_or_path,
         "model_revision": revision,
         "sentinels": {"cl_id": rule.cl_id, "cr_id": rule.cr_id} if rule.uses_sentinels else None,
@@ -193,16 +209,15 @@ def _run(settings: Settings, resume: bool) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
+        "commit": commit,
     }
     weights = trained(model)
     if accelerator.is_main_process:
         if settings.model_name_or_path == EMBEDDED:  # its place in a cache folder means nothing elsewhere
             model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
         save_model(model, tokenizer, folder, weights)
-        write_card(folder, results)
-        write_json(folder / RESULTS, results)
-        tidy(settings)
-        remove_partial(folder)
+        write_json(folder / RESULTS, results)  # the run is finished: what follows can be made again
+        finish(settings, results, writer)
     return results
 
 
@@ -220,31 +235,59 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     return processes.together(same)
 
 
-def tidy(settings: Settings) -> None:
-    """Remove what a finished run has on the way; one that was killed when its results were there still has it."""
-    checkpoints_of(settings).clear()
-    (Path(settings.output_dir) / UNTRAINED).unlink(missing_ok=True)
+def finish(settings: Settings, results: dict, writer: Scalars | None = None) -> None:
+    """What is left to do when the results are on disk: write the card, remove what was needed on the way.
+
+    Whatever goes wrong is a line on stderr: the results are there, and the same command tries again.
+    """
+    folder = Path(settings.output_dir)
+    try:
+        if writer is not None:
+            for split, scores in (("test", results), ("validation", results["validation"])):
+                if scores:
+                    step = (results["training"] or {"steps": 0})["steps"]
+                    writer.add(f"{split}/perplexity", scores["perplexity"], step)
+            writer.flush()
+        if not (folder / CARD).exists():
+            write_card(folder, results)
+        checkpoints_of(settings).clear()
+        ownership.remove(folder, lambda name: name == UNTRAINED or ownership.is_partial(name))
+        if ownership.LOG in ownership.listed(folder).get(LOG, ()):
+            ownership.announce(folder, {LOG: ownership.sha256((folder / LOG).read_bytes())})
+    except Exception as error:  # a card is made by a library that raises what it likes
+        line = f"warning: the run is finished, but {one_line(error)}: the same command tries again"
+        print(line, file=sys.stderr, flush=True)
 
 
 def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter, and the tokenizer with its sentinels, to `folder`. RunError if the disk refuses.
 
-    `weights` are what `training.trained` has gathered, the model's own by default.
+    `weights` are what `training.trained` has gathered, the model's own by default. UsageError if another's file has the
+    name of one of theirs.
     """
     if isinstance(tokenizer.chat_template, dict):  # their names, which are anybody's, would become names of files
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    staged = None
     try:
-        model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        staged = ownership.stage(folder)
+        model.save_pretrained(staged, save_embedding_layers=False, state_dict=weights)
+        (staged / CARD).unlink(missing_ok=True)  # peft's; `write_card` writes a better one
+        tokenizer.save_pretrained(staged)
+        ownership.move_in(staged, folder)
+    except UsageError:
+        raise
     except Exception as error:  # the savers raise whatever their writers do
         raise RunError(f"cannot save the adapter in {folder}: {one_line(error)}") from error
+    finally:
+        if staged:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
-def checkpoints_of(settings: Settings) -> Checkpoints:
+def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
-    steps, minutes = settings.checkpoint_interval()
-    identity = Settings.regardless_of_processes(settings.identity())
-    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep)
+    steps, minutes = settings.checkpoint_interval(steps_per_epoch)
+    identity, defaults = (Settings.regardless_of_processes(one.identity()) for one in (settings, Settings()))
+    return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
 
 def read_untrained(folder: Path) -> dict | None:
@@ -264,72 +307,97 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, however it ends. RunError if another holds it, or the folder cannot be written.
     """
-    lock = processes.together(_lock, folder, here=processes.state().is_main_process)
+    main = processes.state().is_main_process
+    is_new = [path for path in (folder / LOCK, folder) if not path.exists()] if main else []
+    lock = processes.together(_lock, folder, here=main)
     try:
         yield
     finally:
         if lock is not None:
-            with lock:
-                if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                    shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / ownership.LIST).exists():  # nothing came of it
+                with suppress(OSError):
+                    for path in is_new:
+                        path.rmdir() if path.is_dir() else path.unlink()
+            lock.release()
 
 
-def _lock(folder: Path) -> IO:
-    """An open file that no other process can lock; RunError as in `only_run_in`."""
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    """A lock that no other process can have; RunError as in `only_run_in`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        (folder / LOCK).touch()
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        lock.acquire()
+    except filelock.Timeout as error:
         raise RunError(f"another run is at work in {folder}: wait, or choose another --output_dir") from error
     except OSError as error:  # some network file systems have no locks
         log.warning(
             "%s cannot be locked (%s): see to it that no other run works there", folder, error.strerror or error
         )
-    return file
+    return lock
 
 
-def load_model(settings: Settings) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
-    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision."""
+def load_model(
+    settings: Settings, as_stored: bool = False
+) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, str | None]:
+    """The tokenizer, the model (bf16 weights under bf16 autocast) and the model's revision.
+
+    With `as_stored` weights are in the precision of their files, whatever the settings say, if `stored_dtype` knows it.
+    """
     name = settings.model_name_or_path
     local = presets.embedded_model() if name == EMBEDDED else name
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    if local.startswith(("/", ".", "~")) and not os.path.isdir(local):
-        raise UsageError(f"--model_name_or_path {local}: no such folder")
-    if not os.path.isdir(local):
-        check_hub(local, "model", f"{OFFLINE} with --model_name_or_path")
+    for flag, place in (("model_name_or_path", local), ("tokenizer_name", settings.tokenizer_name or local)):
+        if place.startswith(("/", ".", "~")) and not os.path.isdir(place):
+            raise UsageError(f"--{flag} {place}: no such folder")
+        if not os.path.isdir(place):
+            check_hub(place, "model", f"{OFFLINE} with --{flag}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            settings.tokenizer_name or local, trust_remote_code=False
+        )
+        if as_stored:
+            dtype = stored_dtype(Path(local) if os.path.isdir(local) else _snapshot(name))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             local, dtype=dtype, attn_implementation=settings.attn_implementation, trust_remote_code=False
         )
     except Exception as error:  # loaders raise whatever their parsers do
         raise RunError(f"the model {local} cannot be loaded: {one_line(error)}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if settings.tokenizer_name and len(tokenizer) > rows:
+        raise UsageError(f"--tokenizer_name {settings.tokenizer_name}: {len(tokenizer)} tokens, the model has {rows}")
     attention = settings.attn_implementation
     if attention in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
         raise UsageError(f"{attention} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
         return tokenizer, model, presets.embedded_revision()
-    return tokenizer, model, None if os.path.isdir(local) else _commit(name)
+    snapshot = None if os.path.isdir(local) else _snapshot(name)
+    return tokenizer, model, snapshot and snapshot.name
 
 
-def _commit(name: str) -> str | None:
-    """The commit of a hub model that has just been loaded, from where it lies in the hub's cache."""
+def _snapshot(name: str) -> Path | None:
+    """Where a hub model lies in the hub's cache, in a folder named by its commit, if it has been loaded."""
     path = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    return Path(path).parent.name if isinstance(path, str) else None
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
     """The tokenizer, the model with its adapter merged in and the settings of a finished run of run_clm.py.
 
-    Merging happens in fp32; under bf16 the merged weights are rounded once.
+    Merging happens in fp32, a layer at a time; under bf16 the merged weights are rounded once.
     """
     settings = recorded_settings(results_of_run(folder), folder)
-    tokenizer, model, _ = load_model(replace(settings, mixed_precision="no", eval_only=True))
+    exact = replace(settings, mixed_precision="no", eval_only=True)
+    tokenizer, model, _ = load_model(exact, as_stored=True)
+    if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in model.buffers()):
+        del model  # what it reckons with is to stay exact
+        tokenizer, model, _ = load_model(exact)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None:
+            cast(embedding, torch.float32)  # new rows are means
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
     # Left to itself, peft looks for another file, which may be pickled, and then on the hub.
@@ -340,12 +408,10 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
         config = peft.PeftConfig.from_pretrained(folder)
         if type(config) is not peft.LoraConfig or config.megatron_config:  # which names a module to import
             raise ValueError("it is not of run_clm.py")
-        model = peft.PeftModel.from_pretrained(model, folder, config=config).merge_and_unload().eval()
+        model = peft.PeftModel.from_pretrained(model, folder, config=config)
+        model = merge_adapter(model, torch.bfloat16 if mixed_precision == "bf16" else torch.float32).eval()
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
-    if mixed_precision == "bf16":
-        for parameter in model.parameters():  # and no buffers: the angles of rotary embeddings stay exact
-            parameter.data = parameter.data.to(torch.bfloat16)
     return tokenizer, model, settings
 
 
@@ -390,8 +456,8 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
         cl_id, cr_id = add_sentinels(tokenizer, model)
     blocks, information = {}, {}
     for split, texts in rows.items():
-        how = (in_text, settings.preprocessing_num_workers, settings.span_unit)
-        stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
+        how = (in_text, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model)
+        stream = processes.one_first(tokenize, texts, tokenizer, split, *how, settings.documents)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
@@ -448,11 +514,10 @@ def device_name(device: torch.device) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Make `folder` and take what an earlier run made out of it. RunError if that cannot be."""
+    """Make `folder`, and remove what an earlier run has written there. RunError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (path for path in list(folder.iterdir()) if _made_by_a_run(path) and path.name != LOCK):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        ownership.remove(folder)
     except OSError as error:
         raise RunError(f"cannot write to --output_dir {folder}: {error.strerror or error}") from error
 
@@ -465,9 +530,13 @@ class _LogFile(logging.FileHandler):
         raise RunError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _log_to(path: Path, append: bool = False) -> None:
+def _log_to(path: Path) -> None:
+    """Write the package's log to the end of a file, a new one or a run's."""
     try:
-        handler = _LogFile(path, mode="a" if append else "w", encoding="utf-8")
+        if ownership.LOG not in ownership.listed(path.parent).get(path.name, ()):
+            ownership.check([path])
+            ownership.announce(path.parent, {path.name: ownership.LOG})
+        handler = _LogFile(path, mode="a", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -14,7 +14,8 @@ from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.experiment import load_run
 from kv_compression.hub import repository_name
 from kv_compression.model_card import write_card
-from kv_compression.results import RESULTS, read_results, results_of_run, write_json
+from kv_compression.results import RESULTS, as_json, read_results, results_of_run
+from kv_compression.whole_files import usual_mode
 
 
 def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None:
@@ -43,10 +44,10 @@ def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_card(partial, exported, repository_name(output.resolve().name))
-        write_json(partial / RESULTS, exported)
-        partial.chmod(0o755)
+        (partial / RESULTS).write_text(as_json(exported), encoding="utf-8")
+        partial.chmod(usual_mode(folder=True))
         for path in partial.iterdir():  # some writers make files that only their owner reads
-            path.chmod(0o644)
+            path.chmod(usual_mode())
         os.replace(partial, output)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write to --output_dir {output}: {one_line(error)}") from error

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+COMMIT = re.compile(r"[0-9a-f]{7,64}(\+changes)?")
 MOST = 1.02e304  # e^700 and a little, where perplexities end: thousands of them can be added up
 
 
@@ -23,6 +24,11 @@ def number(value) -> float | None:
 def is_name(value) -> bool:
     """Whether this names a method, a preset, a digest."""
     return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def is_commit(value) -> bool:
+    """Whether this is a commit as `commit.commit_of_project` names it."""
+    return isinstance(value, str) and COMMIT.fullmatch(value) is not None
 
 
 def is_ratio(value) -> bool:
@@ -88,7 +94,7 @@ OF_A_RUN: Fields = {
     "removed_fraction": is_measured,
     "settings": is_object,
 }
-SOMETIMES_OF_A_RUN: Fields = {"untrained": is_object}
+SOMETIMES_OF_A_RUN: Fields = {"untrained": is_object, "commit": is_commit}
 OF_A_METHOD: Fields = {"method": is_name, "bound_ratio": is_ratio, "protocol": is_protocol}
 OF_A_GENERATION: Fields = OF_A_METHOD | {"preset": is_name, "documents_sha256": is_name}
 OF_SCORES: Fields = {

@@ -6,7 +6,6 @@ depends on the seed and the document's number alone, so an interrupted run conti
 
 import hashlib
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
-from kv_compression.cache import Budget, SentinelCache
+from kv_compression.cache import Budget, SentinelCache, input_device
 from kv_compression.data import SpanPlan, mark_words
 from kv_compression.errors import UsageError
 from kv_compression.information import unit_starts
-from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels
+from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, insert_sentinels, unended
 from kv_compression.visibility import Rule
+from kv_compression.words import WORD
 
-# Runs of letters and digits, with apostrophes between letters or digits and points between digits.
-WORD = re.compile(r"[^\W_](?:[^\W_]|['’](?=[^\W_])|(?<=\d)\.(?=\d))*")
 CHECK_EVERY = 8  # steps between looks at whether all continuations have their words
 TOKENS_PER_WORD = 4  # where a continuation without its words is given up: text takes 1.3 or so
 SALT = 0xC4  # keeps generation's spans apart from evaluation's
@@ -78,6 +76,15 @@ def documents_digest(documents: Iterable[Document]) -> str:
     return hashlib.sha256("\0".join(d.prefix + "\0" + d.reference for d in documents).encode()).hexdigest()
 
 
+def as_batch(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of token ids as a batch `(rows, longest)` padded on the right, and its attention mask if any is padded."""
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    return input_ids.to(device), None if bool(real.all()) else real.to(device)
+
+
 @torch.no_grad()
 def prefill(
     model: nn.Module, input_ids: Tensor, cache: SentinelCache, attention_mask: Tensor | None = None, chunk: int = 128
@@ -99,7 +106,7 @@ def prefill(
             input_ids=input_ids[:, start : start + chunk],
             attention_mask=None if attention_mask is None else real[:, start : start + chunk],
             past_key_values=cache,
-            logits_to_keep=torch.tensor(wanted, device=input_ids.device),
+            logits_to_keep=torch.tensor(wanted),
         ).logits
         for row, position in ending.items():
             found[row] = logits[row, wanted.index(position)]
@@ -129,19 +136,20 @@ def prefix_ids(
     plan: SpanPlan,
     protocol: str,
     unit: str = "token",
+    spacy_model: str | None = None,
     inform: Informant | None = None,
 ) -> list[int]:
     """The prefix as token ids, its spans between sentinels where the method compresses.
 
     Under `matched` spans are drawn as `plan` says, under `paper` the published sampler works on words. A sampler by
-    self-information asks `inform`, and takes whole units.
+    self-information asks `inform`, and takes whole units (by `spacy_model`).
     """
     if CL_TOKEN in document.prefix or CR_TOKEN in document.prefix:
         raise UsageError(f"document {document.index} holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
     rng = np.random.default_rng([plan.seed, SALT, document.index])
     if rule.uses_sentinels and protocol == "paper":
-        return tokenizer(mark_words(document.prefix, plan, rng))["input_ids"]
-    tokens = tokenizer(document.prefix)["input_ids"]
+        return unended(tokenizer, mark_words(document.prefix, plan, rng))
+    tokens = unended(tokenizer, document.prefix)
     if not rule.uses_sentinels:
         return tokens
     information = starts = None
@@ -149,7 +157,7 @@ def prefix_ids(
         information = inform(tokens)
         if unit != "token":
             offsets = tokenizer(document.prefix, return_offsets_mapping=True)["offset_mapping"]
-            starts = unit_starts([document.prefix], [offsets], unit)[0]
+            starts = unit_starts([document.prefix], [offsets[: len(tokens)]], unit, spacy_model)[0]
     try:
         spans = plan.spans(len(tokens), rng, information, starts)
     except ValueError as error:
@@ -174,14 +182,10 @@ def continue_documents(
     prefix, `new_tokens` and `seconds` (the batch's, shared evenly).
     """
     start = time.perf_counter()
-    device = next(model.parameters()).device
-    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    real = torch.zeros_like(input_ids)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    device = input_device(model)
     cache = SentinelCache(rule=rule)
-    padding = None if bool(real.all()) else real.to(device)
-    logits = prefill(model, input_ids.to(device), cache, padding, sampler.chunk)
+    input_ids, padding = as_batch(rows, device)
+    logits = prefill(model, input_ids, cache, padding, sampler.chunk)
     lengths, slot_bytes = cache.lengths.tolist(), cache.bytes / (len(rows) * cache.slots)
 
     cache.batch_repeat_interleave(sampler.continuations)
@@ -226,8 +230,8 @@ def _sample(model, tokenizer, cache, logits, documents, rule, plan, sampler) -> 
                 break
             if len(left) < len(active):
                 active = [active[number] for number in left]
-                cache.batch_select_indices(torch.tensor(left, device=logits.device))
-        newest = torch.tensor([[rows[row][-1]] for row in active], device=logits.device)
+                cache.batch_select_indices(torch.tensor(left))
+        newest = torch.tensor([[rows[row][-1]] for row in active], device=input_device(model))
         logits = model(input_ids=newest, past_key_values=cache).logits[:, -1]
         if budget is not None:
             budget.enforce(cache)

@@ -11,9 +11,11 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from kv_compression.errors import RunError, UsageError, one_line
 
-# What others need of a run or an exported model; logs, checkpoints and generated text stay here.
-SHARED = ("README.md", "results.json", "adapter_*", "config.json", "generation_config.json", "model*.safetensors")
-SHARED += ("model.safetensors.index.json", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "*.jinja")
+# What others need of a run or an exported model, by its very names: whatever else lies there stays here.
+SHARED = ("README.md", "results.json", "adapter_config.json", "adapter_model.safetensors", "config.json")
+SHARED += ("generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors")
+SHARED += ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SHARED += ("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
 LONGEST_NAME = 96
 
 
@@ -43,6 +45,14 @@ def fetch(repository: str, name: str, revision: str | None = None) -> Path:
         return Path(api.hf_hub_download(repository, name, revision=revision))
     except Exception as error:
         raise RunError(f"there is no {name} of {repository} on the Hugging Face hub ({one_line(error)})") from error
+
+
+def snapshot(repository: str, revision: str | None = None) -> str:
+    """The folder with what `SHARED` names of a model's repository. RunError if the hub cannot be reached."""
+    try:
+        return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(SHARED))
+    except Exception as error:
+        raise RunError(f"{repository} cannot be had from the Hugging Face hub ({one_line(error)})") from error
 
 
 def destination(asked: str, folder: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from kv_compression.cache import causal_lm_of, decoder_of
+from kv_compression.cache import causal_lm_of, decoder_of, input_device
 from kv_compression.sentinels import IGNORED
 
 SCORES_AT_ONCE = 1 << 26  # tokens times vocabulary
@@ -75,6 +75,7 @@ class TokenLosses(nn.Module):
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of every label in nats from logits, float32 `(batch, length)`, 0 where it is -100."""
+    labels = labels.to(logits.device)
     flat = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view(labels.shape)
 
@@ -113,15 +114,17 @@ def _on_device(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _has_plain_head(model: nn.Module) -> bool:
-    """Whether the model's logits are its output embedding applied to its last hidden states."""
+    """Whether the model's logits are its output embedding, where the states are, applied to its last hidden states."""
     head = causal_lm_of(model).get_output_embeddings()
     if head is None:
         return False
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     training = model.training
     model.eval()
     try:
         hidden = decoder_of(model)(input_ids=token, use_cache=False).last_hidden_state
+        if _head_of(model).weight.device != hidden.device:  # offloaded, or on another device of several
+            return False
         return torch.equal(head(hidden), model(input_ids=token, use_cache=False).logits)
     finally:
         model.train(training)

@@ -40,6 +40,7 @@ VARIANTS = {
     "sentinel_learning_rate": (None, "sentinel learning rate {}"),
     "span_sampler": ("random", "{} sampler"),
     "span_unit": ("token", "by {}"),
+    "spacy_model": (None, "{}"),
     "max_span_length": (25, "spans to {}"),
     "fixed_spans": (False, "spans drawn {}"),
     "eval_only": (False, UNTUNED),
@@ -378,7 +379,8 @@ def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: P
     except (OSError, ValueError, AttributeError):
         about, generation = {}, []  # not told: scores may be moved away from what they were made of
     documents = content.get("documents_sha256") or path  # unknown documents compare with no others
-    models = [content.get(key) for key in ("preset", "bertscore_model", "fluency_model")]
+    scorers = ("bertscore_model", "fluency_model", "bertscore_layer", "convention")
+    models = [content.get(key) for key in ("preset", *scorers)]
     made = (documents, *models, *generation, group)
     folds = bool(about.get("compress_generated")) if content["method"] == KV else None
     return Score(path, content, _variant_of_scores(content, run, about), run.seed if run else None, made, folds)

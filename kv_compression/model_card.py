@@ -4,17 +4,18 @@ Knows what results.json holds and what a README.md looks like there; nothing is 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from kv_compression import fields
+from kv_compression import fields, ownership
 from kv_compression.errors import RunError, one_line
 from kv_compression.hub import repository_name
 from kv_compression.presets import EMBEDDED, EMBEDDED_BASE, Settings
-from kv_compression.results import write_text
+from kv_compression.whole_files import write_whole
 
 CARD = "README.md"
 PAPER = "Context Compression for Auto-regressive Transformers with Sentinel Tokens"
@@ -36,9 +37,9 @@ WEIGHED = {
     "published sampler was asked for.",
     "matched": "Protocol `matched`: every target token weighs the same, and text and targets are every method's.",
 }
-OPTIONS = ("recipe", "span_sampler", "span_unit", "max_span_length", "sink_tokens", "recent_tokens", "cr_tokens")
-OPTIONS += ("cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
-OPTIONS += ("position_ids_by_document",)
+OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
+OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
+OPTIONS += ("position_ids_by_document", "documents")
 
 TEMPLATE = """---
 {metadata}
@@ -103,19 +104,21 @@ def model_card(results: dict, name: str) -> str:
 
 
 def write_card(folder: Path, results: dict, repository: str | None = None) -> None:
-    """Write the card of a folder that goes to `repository`; one that somebody has worked on is left alone.
+    """Write the card of a folder that goes to `repository`; a README.md that is not just such a card is left alone.
 
     RunError if results.json lacks what a card needs, or the disk refuses.
     """
     path = folder / CARD
+    # Nothing ever replaces an exported model: its folder keeps no list.
+    write = write_whole if "export" in results else partial(ownership.write, proven=True)
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         named = re.search(r'^run = "(.*)"', old, re.MULTILINE)
-        by_peft = "[More Information Needed]" in old
-        if not old or by_peft or (named and old == model_card(results, named[1])):
-            write_text(path, model_card(results, repository or repository_name(folder.resolve().name)))
+        if not old or (named and old == model_card(results, named[1])):
+            card = model_card(results, repository or repository_name(folder.resolve().name))
+            write(path, card.encode("utf-8"))
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"results.json of {folder} does not tell what a card needs: {one_line(error)}") from error
 
@@ -201,7 +204,7 @@ def training(results: dict) -> dict[str, str]:
         "text tokens": number((report or {}).get("tokens")),
         "loss at the end": number((report or {}).get("loss"), 3),
         "batch × accumulation × processes": " × ".join(map(str, batch)),
-        "learning rate": f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}",
+        "learning rate": learning_rate(settings, report or {}),
         "LoRA": f"rank {settings['r']}, alpha {results['lora_alpha']}, dropout {results['lora_dropout']}, on {targets}",
     }
     packages = results["packages"] | {"Python": results["python"]}
@@ -211,9 +214,18 @@ def training(results: dict) -> dict[str, str]:
         "base model's revision": results.get("model_revision") or "-",
         "device": results["device"],
         "mixed precision": settings["mixed_precision"],
+        "commit of the project": results.get("commit") or "-",
         "wall seconds": number(results.get("wall_seconds")),
         "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
     }
+
+
+def learning_rate(settings: dict, report: dict) -> str:
+    """The rate, its schedule and, where it was recorded, what it ended at."""
+    schedule = settings["lr_scheduler_type"] + (" as published" if settings.get("published_schedule") else "")
+    last = report.get("last_learning_rate")
+    ended = f", {last:.3g} at the last step" if fields.number(last) is not None else ""
+    return f"{settings['learning_rate']:g}, {schedule}{ended}"
 
 
 def use(results: dict, name: str) -> list[str]:
@@ -241,7 +253,7 @@ def use(results: dict, name: str) -> list[str]:
         "tokenizer = AutoTokenizer.from_pretrained(run)",
         "",
         f"cache = kvc.compress(model, tokenizer, text{ratio})  # a text of yours",
-        'question = tokenizer(" So what", return_tensors="pt")["input_ids"]',
+        'question = tokenizer(" So what", add_special_tokens=False, return_tensors="pt")["input_ids"]',
         "output = model.generate(**cache.followed_by(question), max_new_tokens=64)",
         'cache.save("prefix.safetensors")  # kvc.SentinelCache.load(…) reads it back',
     ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # The names of `visibility.METHODS`.
 METHOD_NAMES = ("full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention")
+DOCUMENTS = ("auto", "rows", "articles")  # what a document is
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
@@ -48,15 +49,18 @@ class Settings:
     bound_ratio: float = 0.0
     protocol: str = "paper"
     model_name_or_path: str = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
+    tokenizer_name: str | None = None  # the model's own
     dataset_name: str | None = "Salesforce/wikitext"
     dataset_config_name: str | None = "wikitext-2-raw-v1"
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
+    validation_split_percentage: int | None = None
     block_size: int = 256
     max_span_length: int = 25
     span_sampler: str = "random"
     span_unit: str = "token"
+    spacy_model: str | None = None
     recipe: str = "paper"
     sink_tokens: int = 0
     cr_tokens: int = 1
@@ -66,15 +70,18 @@ class Settings:
     sentinel_learning_rate: float | None = None
     isolate_documents: bool = False
     position_ids_by_document: bool = False
+    documents: str = "auto"
     fixed_spans: bool = False
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 3
     learning_rate: float = 2e-5
+    weight_decay: float = 0.0
     num_train_epochs: int = 3
     max_train_steps: int | None = None
     num_warmup_steps: int = 0
     lr_scheduler_type: str = "linear"
+    published_schedule: bool = False  # the scheduler plans for updates × accumulation, and steps once per update
     max_eval_blocks: int | None = None
     r: int = 16
     lora_target_modules: tuple[str, ...] | None = None
@@ -93,9 +100,7 @@ class Settings:
 
     def identity(self) -> dict:
         """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
-        ignored = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"}
-        ignored |= {"checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"}
-        settings = {name: value for name, value in asdict(self).items() if name not in ignored}
+        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RESULT}
         files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
         return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
@@ -107,14 +112,15 @@ class Settings:
         trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
         return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
-    def check(self) -> None:
-        """Raise UsageError for values that no run can have."""
+    def check(self, in_blocks: bool = True) -> None:
+        """Raise UsageError for values that no run can have, and unless not `in_blocks`, if its spans do not fit one."""
         for field in fields(self):
             value = getattr(self, field.name)
             if not _is_of_type(value, field.type):
                 raise UsageError(f"--{field.name} cannot be {value!r}")
-        if self.method not in METHOD_NAMES:
-            raise UsageError(f"--method {self.method}: choose from {', '.join(METHOD_NAMES)}")
+        for name, choices in {"method": METHOD_NAMES, "preset": PRESETS, **_choices()}.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         try:
             check_ratio(self.bound_ratio)
         except ValueError as error:
@@ -133,17 +139,23 @@ class Settings:
             raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
         if self.sentinel_learning_rate is not None and not self.sentinel_learning_rate < float("inf"):
             raise UsageError(f"--sentinel_learning_rate must be finite, got {self.sentinel_learning_rate}")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"--weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if self.validation_split_percentage is not None and not 1 <= self.validation_split_percentage <= 99:
+            raise UsageError(
+                f"--validation_split_percentage must be from 1 to 99, got {self.validation_split_percentage}"
+            )
         if not 0 <= self.distill_weight <= 1:
             raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
-        for name, choices in _choices().items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
         if self.checkpoint_interval() == (None, None):
             raise UsageError(
-                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100) or of minutes (10m)"
+                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100), of minutes (10m) "
+                "or epoch"
             )
         self._check_options()
-        if self.method == "kv_compression" and self.protocol == "matched":
+        if in_blocks and self.method == "kv_compression" and self.protocol == "matched":
             self._check_spans()
 
     def _check_spans(self) -> None:
@@ -172,10 +184,21 @@ class Settings:
                     raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
+        if self.spacy_model is not None and self.span_unit == "token":
+            raise UsageError("--spacy_model needs --span_unit phrase or sentence")
+        if self.documents != "auto" and not (self.isolate_documents or self.position_ids_by_document):
+            raise UsageError(f"--documents {self.documents} needs --isolate_documents or --position_ids_by_document")
+        if self.method == "kv_compression" and self.max_span_length <= self.cr_tokens:
+            raise UsageError(
+                f"--max_span_length {self.max_span_length} must be above --cr_tokens {self.cr_tokens}: a span leaves "
+                "as many entries as it has <CR>"
+            )
 
-    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+    def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
         text = str(self.checkpointing_steps)
+        if text == "epoch":
+            return steps_per_epoch, None
         try:
             if text.endswith("m"):
                 minutes = float(text[:-1])
@@ -204,10 +227,10 @@ class Settings:
         """The method's rule for these sentinels."""
         from kv_compression.visibility import METHODS
 
-        names = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
-        names += ("isolate_documents", "position_ids_by_document")
-        options = {name: getattr(self, name) for name in names}
-        return METHODS[self.method](cl_id, cr_id, self.bound_ratio, self.seed, **options)
+        method, settings = METHODS[self.method], asdict(self)
+        given = {"cl_id": cl_id, "cr_id": cr_id, "ratio": self.bound_ratio}
+        options = {field.name: settings[field.name] for field in fields(method) if field.name in settings}
+        return method(**options | given)
 
 
 def _is_of_type(value, kind: type | UnionType) -> bool:
@@ -253,16 +276,25 @@ _LEAST = {
     "sentinel_learning_rate": 0,
 }
 
+_NOT_OF_THE_RESULT = {
+    *("output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"),
+    *("checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"),
+}
 OF_KV_COMPRESSION = (
     "recipe",
     "span_sampler",
     "span_unit",
+    "spacy_model",
     "sink_tokens",
     "cr_tokens",
     "cr_visibility",
     "recent_tokens",
     "sentinel_learning_rate",
 )
+# Those of transformers that need nothing but the steps of warm-up and the steps in all.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LR_SCHEDULERS += ("inverse_sqrt",)
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
 
 
 def _choices() -> dict[str, Collection[str]]:
@@ -271,10 +303,14 @@ def _choices() -> dict[str, Collection[str]]:
 
     return {
         "protocol": ("paper", "matched"),
+        "lr_scheduler_type": LR_SCHEDULERS,
         "span_sampler": SPAN_SAMPLERS,
         "span_unit": UNITS,
         "cr_visibility": ("span", "context"),
         "recipe": ("paper", "best"),
+        "documents": DOCUMENTS,
+        "attn_implementation": ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"),
+        "mixed_precision": ("no", "bf16"),
     }
 
 
@@ -335,6 +371,16 @@ def has_bf16() -> bool:
     return bool(cpu())
 
 
+def fitting_this_machine() -> dict[str, str]:
+    """The values of the settings that are left to the machine."""
+    import torch
+
+    return {
+        "mixed_precision": "bf16" if has_bf16() else "no",
+        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
+    }
+
+
 def resolve(explicit: dict) -> Settings:
     """Settings from the flags that were given (by name; `preset`, `mixed_precision` and
     `attn_implementation` may be "auto").
@@ -343,6 +389,8 @@ def resolve(explicit: dict) -> Settings:
     """
     given = {name: value for name, value in explicit.items() if value is not None}
     preset, reason = choose_preset(given.pop("preset", "auto"))
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose from auto, {', '.join(PRESETS)}")
     chosen = {"preset": preset, "preset_reason": reason} | PRESETS[preset]
     files = [name for name in ("train_file", "validation_file", "test_file") if name in given]
     if files and "dataset_name" in given:
@@ -352,21 +400,25 @@ def resolve(explicit: dict) -> Settings:
     elif "dataset_name" in given:
         chosen |= {"dataset_config_name": None}
     chosen |= given
-    if chosen.get("mixed_precision", "auto") == "auto":
-        chosen["mixed_precision"] = "bf16" if has_bf16() else "no"
+    left = [name for name in ("mixed_precision", "attn_implementation") if chosen.get(name, "auto") == "auto"]
+    automatic = fitting_this_machine() if left or not chosen.get("output_dir") else {}
+    chosen |= {name: value for name, value in automatic.items() if chosen.get(name, "auto") == "auto"}
     # The published code draws spans once, before training.
     if chosen.get("protocol", Settings.protocol) == "paper":
         chosen["fixed_spans"] = True
-    if chosen.get("attn_implementation", "auto") == "auto":
-        import torch
-
-        chosen["attn_implementation"] = "sdpa" if torch.cuda.is_available() else "grouped"
     if not chosen.get("output_dir"):
-        chosen["output_dir"] = default_output_dir(chosen)
+        plain = {field.name: field.default for field in fields(Settings)} | PRESETS[preset] | automatic
+        chosen["output_dir"] = default_output_dir(chosen, given, plain)
     unknown = set(chosen) - {field.name for field in fields(Settings)}
     assert not unknown, unknown
     settings = Settings(**chosen)
     settings.check()
+    if settings.span_unit != "token":
+        from kv_compression.information import find_spacy_model
+
+        settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
+    if settings.protocol == "paper":  # without accumulation both schedules are the same
+        settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
     if settings.recipe == "best" and settings.method == "kv_compression":
         settings = best_recipe(settings, given)
         settings.check()
@@ -375,7 +427,7 @@ def resolve(explicit: dict) -> Settings:
 
 def check_flags(explicit: dict) -> None:
     """Raise the UsageError of `resolve` if it would on any machine. Asks no machine, and so loads no torch."""
-    anywhere = {"mixed_precision": "no", "attn_implementation": "sdpa"}
+    anywhere = {"mixed_precision": "no", "attn_implementation": "sdpa", "output_dir": "output"}
     given = {name: value for name, value in explicit.items() if value is not None}
     given |= {name: value for name, value in anywhere.items() if given.get(name, "auto") == "auto"}
     asked = given.get("preset", "auto")
@@ -390,8 +442,8 @@ def check_flags(explicit: dict) -> None:
         raise refused[-1]
 
 
-def default_output_dir(chosen: dict) -> str:
-    """`output/<preset>/<method>_<ratio>`, with the protocol and the seed where they are not the preset's."""
+def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
+    """`output/<preset>/<method>_<ratio>`, with all that the user has `given`, decides the result and is not `plain`."""
     protocol = chosen.get("protocol", Settings.protocol)
     name = f"{chosen.get('method', Settings.method)}_{chosen.get('bound_ratio', Settings.bound_ratio)}"
     if protocol != PRESETS[chosen["preset"]].get("protocol", Settings.protocol):
@@ -400,7 +452,32 @@ def default_output_dir(chosen: dict) -> str:
         name += f"_seed{chosen['seed']}"
     if chosen.get("eval_only"):
         name += "_untrained"
+    unnamed = {"method", "bound_ratio", "protocol", "seed", "eval_only", "num_processes", *_NOT_OF_THE_RESULT}
+    unnamed |= {"fixed_spans"} if protocol == "paper" else set()
+    for option in plain:  # in one order, whatever that of the flags
+        if option in given and option not in unnamed and given[option] not in (plain[option], "auto"):
+            name += f"_{_as_name(option, given[option])}"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"output/{chosen['preset']}/{name}"
+
+
+_LONGEST_NAME = 150
+
+
+def _as_name(option: str, value) -> str:
+    """A setting as a part of a folder's name: a file by its stem, a model or a dataset by the last part of its name."""
+    if option == "recipe":
+        return str(value)
+    if value is True:
+        return option
+    if option.endswith("_file"):
+        value = Path(str(value)).stem or value
+    elif option in ("model_name_or_path", "dataset_name"):
+        value = Path(str(value)).name or value
+    elif isinstance(value, list | tuple):
+        value = "-".join(map(str, value))
+    return f"{option}-{file_name(str(value))}"
 
 
 def embedded_text() -> dict[str, "datasets.Dataset"]:
@@ -471,12 +548,21 @@ def embedded_revision() -> str:
         return f"{GGUF_PACKAGE} {GGUF_VERSION}"
 
 
+# How texts become scores. Scores that were made otherwise are made again, and compare with no others.
+CONVENTION = "stripped texts, Unicode words"
+
+
 class ScorerModels(NamedTuple):
-    """The models that continuations are scored with; `layers` of the encoder, None where bert-score knows it."""
+    """The models that continuations are scored with; the encoder's `layer` is None where bert-score knows the best."""
 
     bertscore: str
-    layers: int | None
+    layer: int | None
     fluency: str
+
+    def record(self) -> dict:
+        """What scores are made with, as scores.json holds it."""
+        models = {"bertscore_model": self.bertscore, "bertscore_layer": self.layer, "fluency_model": self.fluency}
+        return models | {"convention": CONVENTION}
 
 
 SCORERS = {
@@ -485,11 +571,13 @@ SCORERS = {
 }
 
 
-def scorers(preset: str, bertscore: str | None, fluency: str | None) -> ScorerModels:
-    """A preset's scorers, with the models that are named in their place."""
+def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int | None = None) -> ScorerModels:
+    """A preset's scorers, with the models, or the encoder's `layer`, that are named in their place."""
     chosen = SCORERS.get(preset, SCORERS["embedded"])
     if bertscore:
-        chosen = chosen._replace(bertscore=bertscore, layers=None)
+        chosen = chosen._replace(bertscore=bertscore, layer=None)
+    if layer is not None:
+        chosen = chosen._replace(layer=layer)
     return chosen._replace(fluency=fluency) if fluency else chosen
 
 
@@ -512,4 +600,4 @@ def load_scorers(models: ScorerModels) -> tuple:
     device = processes.state().device
     encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
     language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
-    return scoring.BertScorer(encoder, models.layers, device), scoring.Fluency(language_model, device)
+    return scoring.BertScorer(encoder, models.layer, device), scoring.Fluency(language_model, device)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import accelerate
 import torch
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, gather_object, parse_flag_from_env
 
 from kv_compression.errors import RunError, UsageError
 
@@ -26,18 +26,49 @@ PATIENCE = timedelta(hours=6)  # of processes that wait for one: a model may hav
 # Linux ends a process whose parent is killed (PR_SET_PDEATHSIG), so that it does not write beside its successor.
 END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None
 
+# What `accelerate launch` or a configuration file of accelerate may ask for and training here cannot do right.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_FP8_BACKEND": "fp8",
+    "FSDP_IGNORED_MODULES": "ignored modules under FSDP",
+}
+OFF = ("", "0", "no", "n", "off", "false", "f", "none")
+LAUNCH_WITH = "launch with configs/ddp.yaml or configs/fsdp.yaml"
+
 
 def state() -> accelerate.PartialState:
-    """This process's number, how many there are, and its device.
+    """This process's number, how many there are, and its device. UsageError for a launch of a kind in `REFUSED`.
 
     accelerate alone takes every process for the only one where a launch finds no accelerator, unless it is told to
     use the CPU, and where this is asked before there is an `Accelerator`.
     """
+    for variable, what in REFUSED.items():
+        if os.environ.get(variable, "").lower() not in OFF:
+            raise UsageError(f"accelerate is set to use {what} ({variable}), which is not supported: {LAUNCH_WITH}")
     launched = "LOCAL_RANK" in os.environ
     if launched and END_WITH_PARENT is not None:
         END_WITH_PARENT()
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
     return accelerate.PartialState(cpu=bool(cpu), timeout=PATIENCE)
+
+
+def accelerator(mixed_precision: str) -> accelerate.Accelerator:
+    """An Accelerator that a run's settings alone decide about. UsageError as `state`, and under FSDP 1.
+
+    accelerate's own settings (its environment variables, which its configuration file becomes) would divide gradients
+    by its number of accumulation steps once more, and compile the model with its dynamo backend.
+    """
+    state()
+    found = accelerate.Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+    )
+    if found.distributed_type == accelerate.DistributedType.FSDP and not found.is_fsdp2:
+        raise UsageError(f"FSDP needs fsdp_version: 2 in accelerate's configuration: {LAUNCH_WITH}")
+    return found
 
 
 def load_whole_models() -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kv_compression import strict_json
+from kv_compression import ownership, strict_json
 from kv_compression.errors import RunError, UsageError, one_line
 from kv_compression.fields import OF_A_GENERATION, check, is_count
 from kv_compression.results import write_json
@@ -57,6 +57,14 @@ def usable(records: list[dict]) -> list[dict]:
     return list(filter(is_usable, records))
 
 
+def is_scorable(record: dict) -> bool:
+    """Whether `scoring.score_records` can score a continuation of this record."""
+    index, reference, texts = (record.get(name) for name in ("index", "reference", "continuations"))
+    if not isinstance(index, int) or not isinstance(reference, str) or not isinstance(texts, list):
+        return False
+    return bool(reference.strip()) and all(isinstance(text, str) for text in texts) and any(map(str.strip, texts))
+
+
 def read_about(path: Path) -> dict | None:
     """What made the file, None if that is not told. RunError if that file is damaged."""
     try:
@@ -78,29 +86,49 @@ def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
     """Make ready to append to `path`; returns the `index` of every record that is there already.
 
     A half-written last line is cut off. UsageError if the file was made by something else, unless `overwrite`, which
-    starts it anew.
+    starts it anew if it is one that `append` has written.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
     if path.exists() and not overwrite:
-        if read_about(path) != about:
-            raise UsageError(
-                f"{path} was made with other settings: choose another file, or replace it with --overwrite"
-            )
-        content = read_bytes(path)
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            _try(path, lambda: os.truncate(path, len(whole)))
+        made_by = read_about(path)
+        if made_by != about:
+            instead = ", or replace it with --overwrite" if made_by else ""
+            by = "with other settings" if made_by else "by something else"
+            raise UsageError(f"{path} was made {by}: choose another file{instead}")
+        _try(path, lambda: _end_last_line(path))
         return {record["index"] for record in usable(read(path)[0])}
+    ownership.check([path, about_path(path)], instead="choose another file")
     _try(path, lambda: (path.parent.mkdir(parents=True, exist_ok=True), path.unlink(missing_ok=True)))
     write_json(about_path(path), about)
-    _try(path, path.touch)
+    append(path, [])
     return set()
 
 
+def _end_last_line(path: Path) -> None:
+    """Cut a half-written last line off; a whole one that has lost its end gets it. OSError if the disk refuses."""
+    content = read_bytes(path)
+    whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    try:
+        strict_json.loads(last)
+    except ValueError:
+        os.truncate(path, len(whole))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
 def append(path: Path, records: Iterable[dict]) -> None:
-    """Append records, a line each, and see them safely to the disk."""
+    """Append records, a line each, and see them safely to the disk.
+
+    What the file holds then is listed as ours, unless somebody has changed what it held before.
+    """
     lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    there = read_bytes(path) if path.exists() else b""
+    if not path.exists() or ownership.is_ours(path):
+        _try(path, lambda: ownership.announce(path.parent, {path.name: ownership.sha256(there + lines)}))
     with _try(path, lambda: path.open("ab")) as file:
         _try(path, lambda: (file.write(lines), file.flush(), os.fsync(file.fileno())))
 

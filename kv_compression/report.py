@@ -12,7 +12,7 @@ from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
-from kv_compression import plots, published
+from kv_compression import ownership, plots, published
 from kv_compression.errors import printable
 from kv_compression.measured import (
     BASELINES,
@@ -163,8 +163,14 @@ OF_A_COMPARISON = {
 
 
 def write(found: Found, folder: Path) -> Path:
-    """Write report.md, its tables and its plots to `folder`; returns the path of report.md, which is written last."""
+    """Write report.md, its tables and its plots to `folder`; returns the path of report.md, which is written last.
+
+    UsageError, before anything is written, if one of these names is that of somebody else's file.
+    """
     report = build(found)
+    tables = [name for name, rows in report.tables.items() if rows]
+    names = ["report.md", *tables, *report.pictures]
+    ownership.check((folder / name for name in names), instead="name another folder with --output_dir")
     for name, rows in report.tables.items():
         if rows:
             text = io.StringIO()
@@ -354,9 +360,11 @@ FOLDS = {
 def _scores_section(report: Report, scores: Sequence[Score], count: int) -> None:
     report.say(f"## Claim 2, set {count} of continuations")
     documents, preset, encoder, language_model = (cell(str(part)) for part in scores[0].made[:4])
+    convention = scores[0].content.get("convention") or "texts with the space before them, words of a to z alone"
     report.say(
-        f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}. Means "
-        "over documents with 95% bootstrap intervals. Cache: keys held when the prefix has been read ÷ its tokens."
+        f"Documents {documents[:12]}, preset {preset}; BERTScore by {encoder}, perplexity by {language_model}; "
+        f"{cell(str(convention))}. Means over documents with 95% bootstrap intervals. Cache: keys held when the prefix "
+        "has been read ÷ its tokens."
     )
     report.say(FOLDS[next((way for score in scores if (way := score.compress_generated) is not None), None)])
     ordered = sorted(scores, key=lambda s: (rank(s.method), s.variant, s.protocol, s.ratio, s.seed or 0))

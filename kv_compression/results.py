@@ -6,28 +6,35 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kv_compression import strict_json
+from kv_compression import ownership, strict_json
 from kv_compression.errors import RunError, UsageError, one_line, printable, run_script
 from kv_compression.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
-from kv_compression.whole_files import write_whole
 
 RESULTS = "results.json"
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`write_text` of `content` as JSON; numbers that JSON does not know (infinite, not a number) become null."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    """`write_text` of `as_json` of `content`."""
+    write_text(path, as_json(content))
+
+
+def as_json(content: dict) -> str:
+    """`content` as JSON; numbers that JSON does not know (infinite, not a number) become null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it there: no reader sees half of it. RunError if the disk refuses."""
+    """`write_bytes` of `text` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_whole`, with a RunError if the disk refuses."""
+    """Write a file, whole or not at all, where there is none or one that these scripts have written (`ownership`).
+
+    UsageError if there is anything else, RunError if the disk refuses.
+    """
     try:
-        write_whole(path, content)
+        ownership.write(path, content)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 import transformers
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from kv_compression import processes
-from kv_compression.errors import RunError, one_line
+from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.sentinels import unended
+from kv_compression.words import folded_runs
 
 RESAMPLES = 10_000
 FEWEST_DOCUMENTS = 6  # that can show a difference: of five no p-value can fall below 0.05
@@ -31,36 +34,69 @@ SKIPPED = (
 )
 
 
+class Runs(Tokenizer):
+    """What rouge_score compares, in any script; its own tokenizer throws away all but a to z and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The runs of `words.folded_runs`."""
+        return folded_runs(text)
+
+
 def rouge_l(references: Sequence[str], continuations: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of every pair, without stemming, 0 … 1."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    """ROUGE-L F1 of every pair, without stemming, 0 … 1; of ASCII texts rouge_score's own figures."""
+    scorer = RougeScorer(["rougeL"], tokenizer=Runs())
     return [scorer.score(ref, text)["rougeL"].fmeasure for ref, text in zip(references, continuations)]
 
 
 class BertScorer:
-    """BERTScore F1 with an encoder from the hub or a folder (`layers` of it, where bert-score does not know it)."""
+    """BERTScore F1 with an encoder from the hub or a folder, by the output of its layer number `layer`.
 
-    def __init__(self, model: str, layers: int | None, device: torch.device, batch_size: int = 64):
+    Texts are stripped, and cut where the encoder has no more positions. UsageError where bert-score does not know
+    which layer is best and none is given, or the encoder has no such layer; RunError if it cannot be loaded.
+    """
+
+    def __init__(self, model: str, layer: int | None, device: torch.device, batch_size: int = 64):
         import bert_score
 
+        if layer is None and model not in bert_score.utils.model2layers:
+            raise UsageError(f"bert-score knows no best layer of {model}: name one with --bertscore_layer")
         try:
             self.scorer = bert_score.BERTScorer(
-                model_type=model, num_layers=layers, batch_size=batch_size, device=str(device), use_fast_tokenizer=True
+                model_type=model, num_layers=layer, batch_size=batch_size, device=str(device), use_fast_tokenizer=True
             )
         except Exception as error:  # loaders raise whatever their parsers do
+            if isinstance(error, AssertionError) and "num_layers" in str(error):
+                raise UsageError(f"--bertscore_layer {layer}: {one_line(error)}") from error
             raise RunError(f"the BERTScore model {model} could not be loaded ({one_line(error)})") from error
         # Some encoders name no longest input; bert-score hands that to the tokenizer as a number it cannot hold.
         tokenizer = self.scorer._tokenizer
-        positions = getattr(self.scorer._model.config, "max_position_embeddings", 512)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, usable_positions(self.scorer._model))
 
     def __call__(self, references: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """F1 of every pair."""
         return self.scorer.score(list(continuations), list(references))[2].tolist()
 
 
+def usable_positions(encoder: torch.nn.Module) -> int:
+    """The tokens that an encoder reads at most, 512 where it sets no bound.
+
+    RoBERTa and its kin count positions from behind the padding's: they have fewer than their configuration says.
+    """
+    positions = getattr(encoder.config, "max_position_embeddings", None) or -1
+    positions = positions if positions > 0 else 512  # XLNet's says -1
+    for name, module in encoder.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            positions = min(positions, module.weight.shape[0] - padding - 1)
+    return positions
+
+
 class Fluency:
-    """Perplexity of texts under a causal language model, each on its own, its first token not predicted."""
+    """Perplexity of texts under a causal language model, each on its own, its first token not predicted.
+
+    Texts are stripped, as in the public reproduction of the paper: the space before a continuation would make its first
+    word easier. What a tokenizer puts before a text is read, what it puts behind is not scored.
+    """
 
     def __init__(self, model: str, device: torch.device, batch_size: int = 16):
         try:
@@ -76,7 +112,7 @@ class Fluency:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """Summed negative log-likelihood (nats) and number of predicted tokens of every text."""
-        ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        ids = [unended(self.tokenizer, text.strip()) for text in texts]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of like length share a batch
         scores: list[tuple[float, int]] = [(0.0, 0)] * len(ids)
         for start in tqdm(range(0, len(order), self.batch_size), desc="fluency", leave=False):

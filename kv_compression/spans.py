@@ -55,6 +55,11 @@ def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list
     return sorted(kept)
 
 
+def share_to_remove(num_tokens: int, ratio: float) -> int:
+    """The entries that are to leave at a ratio: round(ratio · num_tokens). (Protocol `matched`, this project.)"""
+    return round(ratio * num_tokens)
+
+
 def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
     """How many cache entries spans of at most `max_span_length`, each kept in `cr_tokens`, can remove."""
     full, rest = divmod(num_tokens, max_span_length)
@@ -63,7 +68,7 @@ def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) ->
 
 def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
     """How many of the last tokens can stay out of spans if the exact share is to leave from `first` on; at least 0."""
-    to_remove = round(ratio * num_tokens)
+    to_remove = share_to_remove(num_tokens, ratio)
     num_spans = -(-to_remove // (max_span_length - cr_tokens))
     return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
 
@@ -83,7 +88,7 @@ def entries_to_remove(
         )
     if not 0 <= first <= last <= num_tokens:
         raise ValueError(f"[{first}, {last}) is not a part of {num_tokens} tokens")
-    to_remove = round(ratio * num_tokens)
+    to_remove = share_to_remove(num_tokens, ratio)
     bound = most_removable(last - first, max_span_length, cr_tokens)
     if to_remove > bound:
         where = "" if last - first == num_tokens else f"in {last - first} of them "

@@ -18,13 +18,14 @@ from typing import NamedTuple
 from kv_compression import data, experiment, generation, presets, records, strict_json
 from kv_compression.claims import Claim, Claims, GivenUp
 from kv_compression.errors import RunError, UsageError, one_line
+from kv_compression.methods import METHODS
+from kv_compression.methods.full_attention import FullAttention
 from kv_compression.presets import Settings
 from kv_compression.processes import END_WITH_PARENT
 from kv_compression.results import RESULTS, read_results
-from kv_compression.visibility import METHODS, Rule
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-FULL = Rule.name  # full attention, the baseline
+FULL = FullAttention.name  # full attention, the baseline
 POLL = 5.0  # seconds between looks at what other workers do
 GRACE = 90.0  # seconds for a command to go when it is told to: a run finishes its step and writes a checkpoint
 
@@ -37,12 +38,13 @@ class Run(NamedTuple):
     protocol: str
     seed: int = 0
     eval_only: bool = False
+    own_schedule: bool = False  # is another protocol's training another, even without sentinels?
 
     @property
     def name(self) -> str:
         """Its folder within the sweep's."""
         name = f"{self.method}_{self.ratio}"
-        if self.protocol == "paper" and METHODS[self.method].uses_sentinels:
+        if self.protocol == "paper" and (self.own_schedule or METHODS[self.method].uses_sentinels):
             name += "_paper"
         if self.seed:
             name += f"_seed{self.seed}"
@@ -71,23 +73,30 @@ def as_flags(values: dict) -> list[str]:
     return words
 
 
-def plan(methods: Sequence[str], ratios: Sequence[float], seeds: Sequence[int], protocols: Sequence[str]) -> list[Run]:
+def plan(
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    protocols: Sequence[str],
+    accumulation: int = 1,
+) -> list[Run]:
     """All runs, in an order of which any beginning makes a report: a seed's baseline, then its ratios as `spread`.
 
     A method without sentinels reads the same blocks in both protocols, and results hold both ways of averaging: it
-    runs once.
+    runs once, unless there are steps of `accumulation`, with which learning rates differ.
     """
-    shared = "matched" if "matched" in protocols else "paper"
+    apart = accumulation > 1
+    shared = protocols if apart else ["matched" if "matched" in protocols else "paper"]
     runs = []
     for seed in seeds:
-        runs.append(Run(FULL, 0.0, shared, seed))
-        if seed == seeds[0]:
-            runs.append(Run(FULL, 0.0, shared, eval_only=True))  # nothing is drawn: one for all seeds
+        runs += [Run(FULL, 0.0, protocol, seed) for protocol in shared]
+        if seed == seeds[0]:  # nothing is drawn: one for all seeds
+            runs += [Run(FULL, 0.0, protocol, eval_only=True) for protocol in shared]
         for ratio in spread(ratios):
             for method in methods:
-                own = protocols if METHODS[method].uses_sentinels else [shared]
+                own = protocols if METHODS[method].uses_sentinels else shared
                 runs += [Run(method, ratio, protocol, seed) for protocol in own if method != FULL]
-    return runs
+    return [run._replace(own_schedule=apart) for run in runs]
 
 
 def spread(values: Sequence[float]) -> list[float]:
@@ -195,7 +204,7 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= {"bertscore_model": scorers.bertscore, "fluency_model": scorers.fluency}
+        made_from |= scorers.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
     return Step([sys.executable, str(SCRIPTS / "eval_generation.py"), str(path)], done)

@@ -6,6 +6,7 @@ mean is the caller's business.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -34,13 +35,15 @@ def digest(*parts: bytes | str | Tensor) -> str:
     return sha.hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], note) -> None:
-    """`write_whole` of tensors. OSError if the disk refuses.
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], note, write: Callable[[Path, bytes], None] = write_whole
+) -> None:
+    """`write` a file of tensors. OSError if the disk refuses.
 
     `note` is whatever JSON holds.
     """
     text = canonical(note)
-    write_whole(path, safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)}))
+    write(path, safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:

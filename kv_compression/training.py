@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 EPOCHS_APART = 1_000_003  # an epoch's seed is no other run's in another epoch
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05
-OPTIMIZER = {"name": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+OPTIMIZER = {"name": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8}
 SAME_SIGNAL = 3.0  # seconds
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION_PROJECTIONS = {  # by transformers' model_type
@@ -128,7 +128,8 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
         rows = [value for name, value in model.named_parameters() if value.requires_grad and "trainable_tokens" in name]
         others = [value for value in parameters if not any(value is row for row in rows)]
         parameters = [{"params": others}, {"params": rows, "lr": settings.sentinel_learning_rate}]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, fused=True, **recipe)
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW(parameters, fused=True, **rates, **recipe)
     if settings.gradient_checkpointing:
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     token_losses = TokenLosses(model)
@@ -147,12 +148,19 @@ def prepare(model: peft.PeftModel, accelerator, settings: Settings) -> Prepared:
 
 @dataclass
 class TrainingReport:
-    """What the loop did: `loss` is the mean over the last tenth of the steps, in nats per token."""
+    """What the loop did: `loss` is the mean over the last tenth of the steps, in nats per token.
+
+    The learning rate's scheduler was made for `scheduler_steps`, `scheduler_warmup_steps` of them warm-up, and stepped
+    once per optimizer step; `last_learning_rate` is that of the last optimizer step.
+    """
 
     steps: int
     tokens: int
     seconds: float
     loss: float
+    scheduler_steps: int
+    scheduler_warmup_steps: int
+    last_learning_rate: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -170,6 +178,10 @@ class Schedule:
         self.per_step = self.per_micro_batch * settings.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(num_blocks / self.per_step)
         self.num_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
+        # The published scripts count micro-batches here, although their scheduler steps once per optimizer step.
+        counted = settings.gradient_accumulation_steps if settings.published_schedule else 1
+        self.scheduler_steps = self.num_steps * counted
+        self.scheduler_warmup_steps = settings.num_warmup_steps * counted
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a step (from 0) belongs to."""
@@ -251,8 +263,8 @@ def train(
     scheduler = transformers.get_scheduler(
         settings.lr_scheduler_type,
         optimizer.optimizer,
-        num_warmup_steps=settings.num_warmup_steps,
-        num_training_steps=schedule.num_steps,
+        num_warmup_steps=schedule.scheduler_warmup_steps,
+        num_training_steps=schedule.scheduler_steps,
     )
     rule, on_gpu = patch.rule, accelerator.device.type == "cuda"
     data = StepData(blocks, schedule, accelerator.process_index, settings.fixed_spans)
@@ -262,6 +274,7 @@ def train(
     progress = Progress(schedule, writer, ahead=1 if on_gpu else 0)
     if resume is not None:  # behind iter(), which draws a random number
         progress.begin(*restore(resume, model, optimizer, scheduler, schedule.num_steps))
+        progress.rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](done - 1)  # nothing may be left to do
     token_losses.train()
     try:
         with (
@@ -316,7 +329,7 @@ class Progress:
     def __init__(self, schedule: Schedule, writer, ahead: int):
         self.schedule, self.writer, self.ahead = schedule, writer, ahead
         self.bar = None
-        self.tokens, self.losses = 0, []
+        self.tokens, self.losses, self.rate = 0, [], 0.0
         self.end_wanted = self.checkpoint_wanted = False
         self._start = time.perf_counter()
         self._unread: deque[tuple[torch.Tensor, torch.cuda.Event | None, int, float]] = deque()
@@ -354,6 +367,7 @@ class Progress:
             self.checkpoint_wanted |= checkpoints > 0
             self.losses.append(loss)
             self.tokens += tokens
+            self.rate = rate
             self._tell(step, loss, rate)
 
     def _tell(self, step: int, loss: float, rate: float) -> None:
@@ -370,7 +384,8 @@ class Progress:
     def report(self) -> TrainingReport:
         """What was done in all."""
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
-        return TrainingReport(len(self.losses), self.tokens, self.seconds, sum(tail) / len(tail))
+        rates = (self.schedule.scheduler_steps, self.schedule.scheduler_warmup_steps, self.rate)
+        return TrainingReport(len(self.losses), self.tokens, self.seconds, sum(tail) / len(tail), *rates)
 
 
 @contextmanager
@@ -515,7 +530,7 @@ class Teacher:
         rule = self.patch.rule
         documents = {"isolate_documents": rule.isolate_documents}
         documents["position_ids_by_document"] = rule.position_ids_by_document
-        self.patch.rule = TextOnly(rule.cl_id, rule.cr_id, **documents)
+        self.patch.rule = TextOnly(cl_id=rule.cl_id, cr_id=rule.cr_id, **documents)
         self.model.eval()
         try:
             with self.model.disable_adapter():

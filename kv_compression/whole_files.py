@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 
 PARTIAL = ".partial"  # the ending of a file that is being written, or whose writer was killed
@@ -20,26 +20,28 @@ def file_name(text: str) -> str:
     return f"{name}_{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside `path` and rename it there: no reader sees half of it. OSError if the disk refuses."""
-    partial = None
+def partial_name(name: str) -> str:
+    """A new name for a file while it is being written."""
+    return f".{name}.{secrets.token_hex(4)}{PARTIAL}"
+
+
+def usual_mode(folder: bool = False) -> int:
+    """The permissions that a new file, or a `folder`, gets here: what the user's umask leaves."""
+    mask = os.umask(0o077)  # which cannot be read without being set
+    os.umask(mask)
+    return (0o777 if folder else 0o666) & ~mask
+
+
+def write_whole(path: Path, content: bytes, partial: Path | None = None) -> None:
+    """Write a file as `partial` beside `path` and rename it: no reader sees half of it. OSError if the disk refuses."""
+    partial = partial or path.with_name(partial_name(path.name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = partial.open("xb")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
-        ) as file:
-            partial = file.name
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
         os.replace(partial, path)
     finally:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder, where no other can be at work."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

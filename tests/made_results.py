@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kv_compression import measured
+from kv_compression import measured, presets
 
 BASELINES = ("local_attention", "scattered_attention", "sink_attention")
 # Nats above full attention, at a ratio: so that every method has a shape of its own.
@@ -56,7 +56,9 @@ def scores(method, ratio=0.5, better=0.0, count=20, **changes) -> dict:
         "preset": "embedded",
         "documents_sha256": "d0c5",
         "bertscore_model": "encoder",
+        "bertscore_layer": 6,
         "fluency_model": "model",
+        "convention": presets.CONVENTION,
         "cache_fraction": 1 - ratio,
         **{name: {"mean": value, "low": value - 0.01, "high": value + 0.01} for name, value in means.items()},
         "documents": documents,

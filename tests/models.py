@@ -19,6 +19,22 @@ CONFIGS = {
     "gptj": transformers.GPTJConfig(
         n_embd=32, n_layer=2, n_head=4, n_positions=96, rotary_dim=4, vocab_size=64, bos_token_id=0, eos_token_id=0
     ),
+    "deepseek_v2": transformers.DeepseekV2Config(  # values narrower than keys, in attention and in the cache
+        intermediate_size=64,
+        num_key_value_heads=4,
+        first_k_dense_replace=4,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=96,
+        **COMMON,
+        **ENDS,
+    ),
 }
 
 

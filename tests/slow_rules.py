@@ -121,3 +121,8 @@ def removed(ids: list[int], cl: int, cr: int, sinks: int = 0, cr_tokens: int = 1
     gone = [k for k in text if any(first <= k < last for first, last, _ in spans)]
     gone = [k for k in gone if at[k] >= sinks and at[k] + recent < len(text)]
     return len(gone) - ids.count(cr)
+
+
+def own_pattern(q: int, k: int, kind: str, size: int) -> bool:
+    """Whether a layer's own sliding window or chunk lets the text position q see k."""
+    return q - k < size if kind == "sliding" else q // size == k // size

@@ -1,10 +1,20 @@
 import peft
 import pytest
 import torch
+import transformers
 from torch.nn.attention import flex_attention
 
 from kv_compression.attention import compressed_attention, patch
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
+from kv_compression.cache import SentinelCache
+from kv_compression.errors import UsageError
+from kv_compression.visibility import (
+    FullAttention,
+    KVCompression,
+    LocalAttention,
+    Rule,
+    ScatteredAttention,
+    SinkAttention,
+)
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
@@ -15,7 +25,7 @@ IDS = torch.tensor(
         [9, 8, CL, 7, 6, 5, 4, CR, 3, 4, 5, 6, CL, 8, 9, CR, 10, 11, 12, 13],
     ]
 )
-BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), FullAttention()]
 
 
 def expected_logits(model, ids: list[int]) -> torch.Tensor:
@@ -100,12 +110,12 @@ def test_baselines_use_their_own_masks():
     model = random_model("gpt_neox")
     for rule in BASELINES:
         allowed = torch.ones(20, 20).tril().bool()
-        if isinstance(rule, LocalAttention):
+        if type(rule) is LocalAttention:
             allowed = torch.tensor(slow_rules.local_mask(20, 0.6))
         elif isinstance(rule, SinkAttention):
             allowed = torch.tensor(slow_rules.sink_mask(20, 0.6, 4))
         elif isinstance(rule, ScatteredAttention):
-            allowed = rule.mask_mod(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
+            allowed = rule.visible(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
         additive = torch.zeros(20, 20).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad(), compressed_attention(model, rule=rule):
             patched = model(IDS[:1]).logits
@@ -168,3 +178,140 @@ def test_what_a_patched_model_cannot_know_is_refused():
 def test_grouped_attention_without_a_patch_is_plain_causal_attention():
     expected = random_model("llama", "sdpa")(IDS).logits
     torch.testing.assert_close(random_model("llama", "grouped")(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 5},
+    "gemma3_text": {"sliding_window": 5, "head_dim": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "llama4_text": {"attention_chunk_size": 6, "intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8},
+}
+
+
+def windowed_model(kind: str, implementation: str = "sdpa", dtype=torch.float64):
+    """A tiny model whose layers, or every other one, have a sliding window or chunks of their own."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
+    config = transformers.AutoConfig.for_model(kind, **shape, **WINDOWS[kind], bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "grouped"])
+@pytest.mark.parametrize("kind", WINDOWS)
+@torch.no_grad()
+def test_layers_keep_their_own_windows_and_chunks(kind, implementation):
+    ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+    model = windowed_model(kind, implementation)
+    exact = implementation != "eager" and kind in ("mistral", "qwen2")  # others compute parts in fp32
+    tolerance = 1e-9 if exact else 1e-5
+    plain = model(ids, use_cache=False).logits
+    with compressed_attention(model, rule=FullAttention()):
+        assert (model(ids, use_cache=False).logits - plain).abs().max() < tolerance
+    for rule in (KVCompression(CL, CR), KVCompression(CL, CR, sink_tokens=1, recent_tokens=3), *BASELINES):
+        with compressed_attention(model, rule=rule):
+            one_pass = model(IDS, use_cache=False).logits
+            cache = SentinelCache(rule=rule)
+            cached = [model(part, past_key_values=cache).logits for part in IDS.split([7, 1, 1, 6, 5], dim=1)]
+        assert (torch.cat(cached, dim=1) - one_pass).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_a_layer_window_counts_text_and_is_within_the_rule():
+    """What the last query of a one-layer Mistral reads: the rule's keys less than its window of 5 positions away."""
+    model = windowed_model("mistral")
+    model.model.layers = model.model.layers[:1]
+    ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9, CL, 10, 11, CR, 12, 13]])
+    positions = slow_rules.positions(ids[0].tolist(), CL, CR)
+    with compressed_attention(model, CL, CR):
+        base = model(ids, use_cache=False).logits[0, -1]
+        for k in range(12):
+            changed = ids.clone()
+            changed[0, k] = 40 if ids[0, k] not in (CL, CR) else ids[0, k]
+            reads = slow_rules.visible(ids[0].tolist(), 12, k, CL, CR)
+            reads &= slow_rules.own_pattern(positions[12], positions[k], "sliding", 5)
+            differs = not torch.equal(model(changed, use_cache=False).logits[0, -1], base)
+            assert differs == (reads and bool((changed != ids).any()))
+
+
+REFUSED = {
+    "bloom": ({"n_layer": 2, "n_head": 4, "hidden_size": 32}, "position_ids"),
+    "falcon": ({"alibi": True, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, "ALiBi"),
+    "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "hidden_size": 32}, "local layers"),
+    "mamba": ({"num_hidden_layers": 2, "hidden_size": 32}, "mamba cannot be patched"),
+    "roberta": ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "is_decoder": True}, "padding"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_architectures_that_cannot_be_right_are_refused_by_name(kind):
+    options, reason = REFUSED[kind]
+    config = transformers.AutoConfig.for_model(kind, vocab_size=64, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{kind} cannot be patched.*") as caught:
+        patch(model, CL, CR)
+    assert reason in str(caught.value)
+
+
+def test_an_architecture_that_nobody_has_checked_is_refused():
+    model = random_model("llama")
+    model.config.model_type = "llama_of_mine"
+    with pytest.raises(ValueError, match="llama_of_mine cannot be patched: nobody has checked it"):
+        patch(model, CL, CR)
+
+
+def test_an_implementation_that_takes_no_mask_is_refused():
+    model = random_model("llama", "sdpa")
+    with compressed_attention(model, CL, CR):
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="flash_attention_2 takes no mask"):
+            model(IDS)
+
+
+@torch.no_grad()
+def test_a_text_longer_than_the_model_has_positions_is_refused():
+    model = random_model("opt", "sdpa")  # 96 positions
+    ids = torch.full((1, 96), 5)
+    with compressed_attention(model, CL, CR):
+        model(ids)
+        model(torch.tensor([[5] * 90 + [CL, *[6] * 6, CR]]))  # sentinels take no position
+        with pytest.raises(UsageError, match="97 tokens, more than the model's 96 positions"):
+            model(torch.full((1, 97), 5))
+        cache = SentinelCache(CL, CR)
+        model(ids, past_key_values=cache)
+        with pytest.raises(UsageError, match="97 tokens, more than the model's 96 positions"):
+            model(torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_window_of_any_size_is_a_window():
+    ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9]])
+    far = KVCompression(CL, CR, recent_tokens=2**31).mask(ids)
+    assert torch.equal(far, KVCompression(CL, CR, recent_tokens=50).mask(ids))
+    assert torch.equal(far, KVCompression(CL, CR, recent_tokens=2**62).mask(ids))
+
+
+@pytest.mark.parametrize("compile_it", [lambda model: torch.compile(model, backend="eager"), None])
+@torch.no_grad()
+def test_a_patch_is_in_effect_in_a_model_that_was_compiled_before(compile_it):
+    model = random_model("llama", "sdpa")
+    with compressed_attention(model, CL, CR):
+        expected = model(IDS, use_cache=False).logits
+    if compile_it is None:
+        model.compile(backend="eager")
+    compiled = compile_it(model) if compile_it else model
+    plain = compiled(IDS, use_cache=False).logits
+    for _ in range(2):
+        with compressed_attention(model, CL, CR):
+            torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "grouped"])
+def test_values_may_be_narrower_than_keys(implementation):
+    expected = random_model("deepseek_v2", "eager")
+    found = random_model("deepseek_v2", implementation)
+    with torch.no_grad(), compressed_attention(expected, CL, CR), compressed_attention(found, CL, CR):
+        torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-5)

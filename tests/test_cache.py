@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import Budget, SentinelCache
 from kv_compression.errors import RunError, UsageError
+from kv_compression.spans import share_to_remove
 from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention, measure
+from kv_compression.visibility import (
+    FullAttention,
+    KVCompression,
+    LocalAttention,
+    ScatteredAttention,
+    SinkAttention,
+    measure,
+)
 from tests import slow_rules
 from tests.layouts import CL, CR, blocks, variants
 from tests.models import random_model
@@ -23,7 +31,8 @@ VARIANTS = [
     KVCompression(CL, CR, recent_tokens=5),
     KVCompression(CL, CR, sink_tokens=3, cr_tokens=3, cr_visibility="context", recent_tokens=7),
 ]
-RULES = [KV, *VARIANTS, LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), Rule()]
+BASELINES = [LocalAttention(ratio=0.6), SinkAttention(ratio=0.6), ScatteredAttention(ratio=0.6), FullAttention()]
+RULES = [KV, *VARIANTS, *BASELINES]
 MODELS = {
     (architecture, dtype): random_model(architecture, "sdpa", dtype)
     for architecture in ("gpt_neox", "llama", "opt")
@@ -77,7 +86,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
     model = MODELS[architecture, dtype]
     with compressed_attention(model, rule=rule), torch.no_grad():
         for seed in range(4):
-            ids = torch.tensor([span_layout(60, seed, rule.cr_tokens)])
+            ids = torch.tensor([span_layout(60, seed, getattr(rule, "cr_tokens", 1))])
             full = model(ids, use_cache=False).logits
             logits, _ = in_chunks(model, ids, rule, chunk_sizes(seed, 99))
             assert (logits - full).abs().max() < TOLERANCE[dtype]
@@ -88,7 +97,7 @@ def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architect
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
     model = MODELS[architecture, dtype]
-    rows = [span_layout(length, length, rule.cr_tokens) for length in (20, 45, 60)]
+    rows = [span_layout(length, length, getattr(rule, "cr_tokens", 1)) for length in (20, 45, 60)]
     ids, real = padded(rows)
     with compressed_attention(model, rule=rule), torch.no_grad():
         logits, cache = in_chunks(model, ids, rule, chunk_sizes(7, 99), real)
@@ -171,7 +180,7 @@ def test_a_cache_holds_as_many_keys_as_are_counted_on_the_mask(rule):
     """Token by token, what is held while a text token is read: its own key and those that were kept before it."""
     model = MODELS["gpt_neox", torch.float32]
     for seed in range(3):
-        ids = torch.tensor([span_layout(60, seed, rule.cr_tokens) + [7] * 20])  # what waits can leave before the end
+        ids = torch.tensor([span_layout(60, seed, getattr(rule, "cr_tokens", 1)) + [7] * 20])
         cache, held = SentinelCache(rule=rule), []
         with compressed_attention(model, rule=rule), torch.no_grad():
             for token, is_text in zip(ids.T, rule.text(ids)[0]):
@@ -384,6 +393,36 @@ def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
 
 
 @torch.no_grad()
+def test_values_narrower_than_keys_are_saved_and_read_back(tmp_path):
+    model, path = random_model("deepseek_v2", "sdpa", torch.float64), tmp_path / "cache"
+    ids, real = padded([span_layout(20, 8), span_layout(31, 9)])
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, ids, KV, [10] * 99, real)
+        assert cache.layers[0].keys.shape[3] != cache.layers[0].values.shape[3]
+        cache.save(path)
+        loaded, more = SentinelCache.load(path), torch.tensor([[5, 6], [7, 8]])
+        assert loaded.lengths.tolist() == cache.lengths.tolist()
+        assert torch.equal(model(more, past_key_values=loaded).logits, model(more, past_key_values=cache).logits)
+
+    tensors, note = read_tensors(path)
+    keys, values = tensors["keys.1"], tensors["values.1"]
+    for change, words in (
+        ({"values.1": values[:1]}, "rows of"),
+        ({"values.1": values[:, :, 1:]}, "slots"),
+        ({"values.1": values.repeat(1, 2, 1, 1)}, "keys have 1 heads, values 2"),
+        ({"values.1": values.float()}, "torch.float32"),
+        ({"values.1": values[..., :0]}, "keys or values of"),
+        ({"keys.1": keys[0]}, "keys or values of"),
+    ):
+        write_tensors(path, tensors | {name: part.contiguous() for name, part in change.items()}, note)
+        with pytest.raises(RunError, match=words):
+            SentinelCache.load(path)
+    write_tensors(path, tensors | {"values.1": values[..., 1:].contiguous()}, note)
+    with compressed_attention(model, rule=KV), pytest.raises(UsageError, match="the cache does not hold keys"):
+        model(more, past_key_values=SentinelCache.load(path))
+
+
+@torch.no_grad()
 def test_a_cache_of_another_model_is_refused(tmp_path):
     ids, path = torch.tensor([span_layout(20, 8)]), tmp_path / "cache"
     model = MODELS["gpt_neox", torch.float32]
@@ -478,6 +517,26 @@ def test_a_budget_bounds_the_cache_while_text_is_generated(budget, bound):
             assert cache.length <= bound(11 + step)
     assert cache.logical_length == 90
     assert (cache.positions[0][-1] == 89) or bool((cache.positions[0] == 89).any())
+
+
+@given(st.integers(0, 3000), st.integers(0, 99).flatmap(lambda n: st.sampled_from([n / 100, 1 - (100 - n) / 100])))
+def test_a_budget_allows_what_exact_spans_leave(length, ratio):
+    allowed = Budget(ratio=ratio).allowed(length)
+    assert allowed == length - share_to_remove(length, ratio) == length - round(ratio * length)
+    assert abs(allowed - (1 - ratio) * length) <= 0.5 + 1e-6
+    assert Budget(ratio=ratio, max_length=60).allowed(length) == min(allowed, 60)
+
+
+@pytest.mark.parametrize(("ratio", "length"), [(0.9, 30), (0.8, 15), (1 - 0.1, 30)])
+def test_a_budget_leaves_a_cache_alone_that_holds_its_share(ratio, length):
+    model = MODELS["gpt_neox", torch.float32]
+    removed = share_to_remove(length, ratio)
+    ids = [CL, *[3] * (removed + 1), CR, *[4] * (length - removed - 1)]
+    with compressed_attention(model, rule=KV):
+        _, cache = in_chunks(model, torch.tensor([ids]), KV, [64])
+        assert cache.length == length - removed
+        Budget(ratio=ratio, span_length=2).enforce(cache)
+    assert cache.length == length - removed
 
 
 def test_the_oldest_keys_are_dropped_wherever_they_lie():

@@ -94,9 +94,39 @@ def test_method_and_ratio_come_from_the_run_unless_given(runs):
     path.with_suffix(".about.json").unlink()
 
 
+def test_full_attention_has_no_ratio_and_no_window(runs, tmp_path):
+    path = tmp_path / "full.jsonl"
+    assert generate(runs, "kv_compression", "--method", "full_attention", "--output_file", path) == 0
+    about = json.loads(path.with_suffix(".about.json").read_text())
+    assert (about["method"], about["bound_ratio"]) == ("full_attention", 0.0)
+    assert "recent_tokens" not in about
+    assert all(record["cache_length"] == record["prefix_tokens"] for record in lines_of(path))
+
+
+def test_files_that_generate_c4_did_not_write_are_kept(runs, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "years of work"}\n')
+    for flags in ([], ["--overwrite"]):
+        assert generate(runs, "kv_compression", "--output_file", path, *flags) == 2
+        assert "mine.jsonl" in capsys.readouterr().err
+    (tmp_path / "other.about.json").write_text("{}")
+    assert generate(runs, "kv_compression", "--output_file", tmp_path / "other.jsonl", "--overwrite") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "other.about.json"]
+    assert path.read_text() == '{"text": "years of work"}\n'
+
+    path = tmp_path / "new" / "generation.jsonl"
+    assert generate(runs, "kv_compression", "--output_file", path) == 0
+    assert generate(runs, "kv_compression", "--output_file", path, "--seed", 1, "--overwrite") == 0
+    path.write_text(path.read_text().replace('"index": 0', '"verdict of mine": "good", "index": 0'))
+    assert generate(runs, "kv_compression", "--output_file", path, "--seed", 2, "--overwrite") == 2
+    assert "verdict of mine" in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
+        (["--method", "full_attention", "--bound_ratio", "0.5"], 2, "leave --bound_ratio away"),
+        (["--max_span_length", "2", "--bound_ratio", "0.6", "--output_file", "{tmp}/x.jsonl"], 2, "can remove"),
         (["--seed", "5"], 2, "--overwrite"),
         (["--docs_file", "nowhere.jsonl"], 2, "--docs_file nowhere.jsonl: no such file"),
         (["--prefix_words", "5000"], 2, "5005 words"),
@@ -174,6 +204,84 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     monkeypatch.setattr(presets, "load_scorers", never)
     assert run(eval_generation) == 0
     assert capsys.readouterr().out == out
+
+
+def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny_scorers, monkeypatch):
+    assert generate(runs) == 0
+    path = runs / "output" / "kv_compression" / "generation.jsonl"
+    assert run(eval_generation, path) == 0
+    kept = json.loads((path.parent / "scores.json").read_text())
+    assert kept["convention"] == presets.CONVENTION and kept["bertscore_layer"] == 6
+    made, load = [], presets.load_scorers
+    monkeypatch.setattr(presets, "load_scorers", lambda models: made.append(models) or load(models))
+    for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
+        (path.parent / "scores.json").write_text(json.dumps(kept | changes))
+        assert run(eval_generation, path) == 0
+        assert json.loads((path.parent / "scores.json").read_text()) == kept
+    assert len(made) == 3
+    assert run(eval_generation, path, "--bertscore_layer", 5) == 0
+    other = json.loads((path.parent / "scores.json").read_text())
+    assert other["bertscore_layer"] == 5 and other["bertscore"] != kept["bertscore"]
+    assert other["rouge_l"] == kept["rouge_l"]
+    capsys.readouterr()
+    assert run(eval_generation, path, "--bertscore_layer", 7) == 2
+    assert "--bertscore_layer 7: " in capsys.readouterr().err
+    assert json.loads((path.parent / "scores.json").read_text()) == other
+    assert run(eval_generation, path) == 0
+
+
+def test_too_few_documents_are_said(runs, capsys):
+    path = runs / "output" / "kv_compression" / "few.jsonl"
+    assert generate(runs, "kv_compression", "--num_documents", 200, "--output_file", path) == 0
+    captured = capsys.readouterr()
+    said = [line for line in captured.err.splitlines() if "asked for" in line]
+    assert said == ["warning: 8 documents of the 200 asked for were found: no others have 25 words"]
+    assert "8 documents of the 200 asked for, 2 continuations each" in captured.out
+    assert json.loads(path.with_suffix(".about.json").read_text())["documents_asked"] == 200
+    path.unlink()
+    path.with_suffix(".about.json").unlink()
+    assert generate(runs) == 0
+    assert "asked for" not in "".join(capsys.readouterr())
+
+
+def test_files_without_continuations_are_refused_and_leave_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(presets, "load_scorers", None)
+    for name, text in [
+        ("README.md", "# Title\n"),
+        ("empty.jsonl", ""),
+        ("other.jsonl", '{"text": "a"}\n[1]\n'),
+        ("begun.jsonl", '{"index": 0, "reference": "a", "continuations": []}\n'),
+    ]:
+        (tmp_path / name).write_text(text)
+        assert run(eval_generation, tmp_path / name) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert f"{name} holds no continuations" in errors[0]
+    (tmp_path / "begun.about.json").write_text("{}")
+    assert run(eval_generation, tmp_path) == 2  # below a folder it is left out
+    assert "no generation file" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_scores_and_tables_of_others_are_not_replaced(runs, tmp_path, capsys, tiny_scorers):
+    path = tmp_path / "generation.jsonl"
+    assert generate(runs, "kv_compression", "--output_file", path) == 0
+    for name in ("scores.json", "scores.csv"):
+        (tmp_path / name).write_text("mine")
+        capsys.readouterr()
+        before = sorted(path.name for path in tmp_path.iterdir())
+        assert run(eval_generation, path) == 2
+        assert f"{name} is not what these scripts have written" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    assert run(eval_generation, path) == 0
+    assert run(eval_generation, path, "--overwrite") == 0
+    table = tmp_path / "scores.csv"
+    table.write_text(table.read_text() + "my,own,row\n")
+    assert run(eval_generation, path) == 2
+    assert table.read_text().endswith("my,own,row\n")
+    assert run(eval_generation, path, "--csv", tmp_path / "other.csv") == 0
 
 
 def test_nothing_to_score(tmp_path, capsys):

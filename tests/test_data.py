@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data, spans
+from kv_compression import data, information, presets, spans
 from kv_compression.errors import RunError, UsageError
 from kv_compression.sentinels import add_sentinels
 from tests import slow_rules
@@ -48,7 +48,9 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("missing.jsonl", None, UsageError, "no such file"),
         ("empty.jsonl", "", UsageError, "is empty"),
         ("rows.parquet", "x", UsageError, "expected a file that ends in"),
-        ("other.jsonl", '{"body": "x"}\n', UsageError, 'no column "text"'),
+        ("ids.csv", "id,body\n1,a\n2,b\n", UsageError, 'its first, "id", holds numbers .it has: id, body'),
+        ("counts.jsonl", '{"n": 1, "body": "x"}\n', UsageError, 'column "n" of .* holds int values, not text'),
+        ("nothing.jsonl", "{}\n", UsageError, 'no column "text", nor any other'),
         ("broken.jsonl", '{"text": "x"\n{', RunError, "cannot be read"),
         ("numbers.jsonl", '{"text": 1}\n', UsageError, "not text"),
         ("nulls.jsonl", '{"text": null}\n', UsageError, "holds no text"),
@@ -60,7 +62,7 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("wide.csv", 'text,id\na,1\n"b\nb",c,2\n', RunError, "line 4 has more fields"),
         ("open.csv", 'text\n"a\n', RunError, "unexpected end of data"),
         ("head.csv", "text\n", UsageError, "holds no text"),
-        ("control.jsonl", '{"a\\n\\u001b": "x"}', UsageError, "it has: a "),
+        ("control.jsonl", '{"a\\n\\u001b": "1"}', UsageError, "it has: a "),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, error, words):
@@ -85,6 +87,23 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
 def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content)
     assert data.read_texts(str(tmp_path / name), "docs_file") == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", '{"body": "a 1", "id": 7}\n{"body": null}\n{"id": 1, "body": "b"}'),
+        ("rows.csv", "body,id\na 1,7\nb,1\n"),
+    ],
+)
+def test_without_a_column_text_the_first_is_read_and_named(tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    assert data.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f'--docs_file {tmp_path / name} has no column "text": its first, "body", is read'
+    rows = data.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
+    assert (rows.column_names, rows["text"][:]) == (["text"], ["a"])
+    assert 'owner/name has no column "text"' in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +207,30 @@ def test_a_text_is_tokenized_once(tokenizer, monkeypatch):
         data.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
 
 
+def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
+    versions = {"spacy": "3.8.0", "en_core_web_sm": "3.8.0", "en_core_web_sm_other": "3.8.0"}
+    asked = []
+
+    def every_token(texts, offsets, unit, spacy_model):
+        asked.append(spacy_model)
+        return [[True] * len(own) for own in offsets]
+
+    monkeypatch.setattr(information, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data, "unit_starts", every_token)
+
+    def tokenize(model):
+        rows = rows_of(sentences(5, seed=78))
+        return data.tokenize(rows, tokenizer, "train", None, None, "phrase", model)["unit_starts"]
+
+    assert all(tokenize(None)) and all(tokenize("en_core_web_sm"))
+    assert asked == ["en_core_web_sm"]
+    tokenize("en_core_web_sm_other")
+    versions["en_core_web_sm"] = "3.9.0"
+    tokenize("en_core_web_sm")
+    assert asked == ["en_core_web_sm", "en_core_web_sm_other", "en_core_web_sm"]
+
+
 WIKITEXT = ["", " = Anaximander = \n", " He lived . \n", " = = Life = = \n", " In Miletus . \n", " = X = \n", " Y . \n"]
 
 
@@ -195,6 +238,23 @@ def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
     assert data.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
     assert data.document_numbers([" = X = \n", "a"]) == [0, 0]
     assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
+
+
+def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
+    assert data.document_numbers(WIKITEXT, "articles") == data.document_numbers(WIKITEXT)
+    assert data.document_numbers(WIKITEXT, "rows") == list(range(len(WIKITEXT)))
+    assert data.document_numbers(["a", "b"], "rows") == data.document_numbers(["a", "b"])
+    with pytest.raises(UsageError, match="--documents articles: the test split has no title line"):
+        data.document_numbers(["a", "b"], "articles", "test")
+
+    def numbers(documents):
+        how = ("train", None, None, "token", None, documents)
+        return data.tokenize(rows_of(WIKITEXT), tokenizer, *how)["documents"].unique().tolist()
+
+    filled = [number for number, text in enumerate(WIKITEXT) if text]
+    assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
+    identities = [presets.Settings(isolate_documents=True, documents=name).identity() for name in data.DOCUMENTS]
+    assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
 
 def test_a_title_stands_between_blank_rows():

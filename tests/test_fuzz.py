@@ -26,7 +26,13 @@ from kv_compression.perplexity import Evaluation
 from kv_compression.scoring import score_records
 from kv_compression.tensor_files import read_tensors, write_tensors
 from kv_compression.training import capture, restore
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, ScatteredAttention, SinkAttention
+from kv_compression.visibility import (
+    FullAttention,
+    KVCompression,
+    LocalAttention,
+    ScatteredAttention,
+    SinkAttention,
+)
 from tests import fuzzing, test_report
 from tests.fuzzing import altered, damaged, damaged_json, fuzz
 from tests.models import random_model
@@ -112,7 +118,7 @@ ABOUT = {
     "top_p": 0.9,
     "continuations": 2,
 }
-MADE_FROM = {"file_sha256": "0", "bertscore_model": "encoder", "fluency_model": "model"}
+MADE_FROM = {"file_sha256": "0"} | presets.ScorerModels("encoder", 6, "model").record()
 
 
 def bert(references, texts):
@@ -379,7 +385,7 @@ def test_saved_caches(tmp_path):
     ids = torch.tensor([[3, CL, 4, 5, CR, 6, CL, 7, 8, 9], [3, 4, CL, 5, 6, 7, CR, CL, 0, 0]])
     real = torch.tensor([[1] * 10, [1] * 8 + [0] * 2])
     options = {"sink_tokens": 2, "cr_tokens": 2, "cr_visibility": "context", "recent_tokens": 2}
-    rules = [KVCompression(CL, CR), KVCompression(CL, CR, **options), Rule()]
+    rules = [KVCompression(CL, CR), KVCompression(CL, CR, **options), FullAttention()]
     rules += [LocalAttention(ratio=0.5), SinkAttention(ratio=0.5), ScatteredAttention(ratio=0.5)]
     for number, rule in enumerate(rules):
         cache = SentinelCache(rule=rule)

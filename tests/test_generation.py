@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from kv_compression import generation
 from kv_compression.attention import compressed_attention
 from kv_compression.cache import SentinelCache
 from kv_compression.data import SpanPlan
 from kv_compression.errors import UsageError
-from kv_compression.sentinels import add_sentinels
+from kv_compression.sentinels import add_sentinels, unended
 from kv_compression.visibility import METHODS, KVCompression, LocalAttention, Rule
 from tests import slow_rules
 from tests.conftest import sentences
@@ -48,6 +49,29 @@ def loaded(tiny_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).double().eval()
     return tokenizer, model, add_sentinels(tokenizer, model)
+
+
+@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>", "<|endoftext|> $A"])
+@pytest.mark.parametrize("protocol", ["matched", "paper"])
+def test_what_is_to_be_continued_does_not_end_in_end_of_text(tiny_model, template, protocol):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    text = generation.pick(sentences(1, seed=5), 1, 36, 2)[0].prefix
+    tokenizer.add_tokens(["<CL>", "<CR>"], special_tokens=True)
+    cl, cr = tokenizer.convert_tokens_to_ids(["<CL>", "<CR>"])
+    plain = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    special_tokens = [("<|endoftext|>", end)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
+    assert tokenizer(text)["input_ids"] != plain
+    before = [end] * template.startswith("<")
+    assert unended(tokenizer, text) == before + plain
+    assert unended(tokenizer, text + "<|endoftext|>") == [*before, *plain, end]  # the text's own
+    document = generation.Document(0, text, " a")
+    rule, plan = KVCompression(cl, cr, 0.5), SpanPlan(True, 0.5, 10, 0)
+    ids = generation.prefix_ids(document, tokenizer, rule, plan, protocol)
+    assert {cl, cr} <= {*ids} and ids[-1] != end and ids.count(end) == len(before)
+    assert protocol == "paper" or [number for number in ids if number not in (cl, cr)] == before + plain
+    assert generation.prefix_ids(document, tokenizer, Rule(), plan, protocol) == before + plain
 
 
 def rule_of(loaded, method="kv_compression", ratio=0.5) -> Rule:

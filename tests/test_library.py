@@ -1,6 +1,7 @@
 """The package as other people's code uses it: plain transformers, plain peft, and the four names."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 
 import kv_compression as kvc
-from kv_compression import experiment, library
+from kv_compression import experiment, library, presets
 from kv_compression.attention import compressed_attention
 from kv_compression.errors import RunError, UsageError
+from kv_compression.export import export
 from kv_compression.generation import prefill
 from kv_compression.sentinels import insert_sentinels
 from kv_compression.visibility import KVCompression, LocalAttention
@@ -99,9 +102,9 @@ def marked(tokenizer, rule) -> list[int]:
 def test_one_line_on_top_of_plain_peft_gives_the_logits_of_the_run(runs, bases, name, order):
     folder = runs(name)
     tokenizer, model, patch = load(folder, bases[name], order)
-    assert {option: getattr(patch.rule, option) for option in OPTIONS} == {
-        option: RUNS[name].get(option, getattr(KVCompression, option)) for option in OPTIONS
-    }
+    for option in OPTIONS:
+        expected = RUNS[name].get(option, getattr(KVCompression, option))
+        assert getattr(patch.rule, option, expected) == expected
     ids = marked(tokenizer, patch.rule)
     expected = expected_logits(folder, ids)
     torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=0)
@@ -130,7 +133,7 @@ def test_the_example_of_the_package_runs(runs, tmp_path, monkeypatch):
     cache = names["cache"]
     assert cache.logical_length == len(read)
     assert cache.length == len(read) - round(0.9 * len(read))
-    assert names["output"].shape[1] == names["question"].shape[1] + 20
+    assert names["output"].shape[1] == names["question"]["input_ids"].shape[1] + 20
 
 
 @pytest.mark.parametrize("name", ["kv", "options", "sinks", "scattered"])
@@ -176,14 +179,26 @@ def test_a_text_is_compressed_by_exactly_the_ratio_at_places_that_the_seed_fixes
 
 def test_a_window_gives_way_where_the_text_is_short(tiny_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, max_position_embeddings=256)
     kvc.attach(model, tokenizer, sink_tokens=2, recent_tokens=100)
-    cache = kvc.compress(model, tokenizer, TEXT, 0.8)
+    with pytest.warns(UserWarning, match="the window of 100 tokens is too wide for ratio 0.8"):
+        cache = kvc.compress(model, tokenizer, TEXT, 0.8)
     read = cache.logical_length
     assert cache.length > read - round(0.8 * read)
     with torch.no_grad():
         model(torch.full((1, 101), 5), past_key_values=cache, use_cache=True)
     assert cache.length == read - round(0.8 * read) + 101
+
+
+def test_a_text_is_read_without_the_end_that_a_tokenizer_puts_behind_it(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain, end = len(tokenizer(TEXT)["input_ids"]), tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    with kvc.attach(model, tokenizer):
+        assert kvc.compress(model, tokenizer, TEXT, 0.5).logical_length == plain
 
 
 @pytest.mark.parametrize("options", [{}, {"sink_tokens": 1, "recent_tokens": 4}])
@@ -271,6 +286,140 @@ def test_damaged_results_are_told(runs, bases, tmp_path, change):
 def test_the_package_is_light_until_it_is_used():
     program = "import sys, kv_compression as kvc\nprint('torch' in sys.modules, sorted({*kvc.__all__} & {*dir(kvc)}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "False ['Budget', 'SentinelCache', 'attach', 'compress']"
+    assert done.stdout.strip() == "False ['Budget', 'SentinelCache', 'attach', 'compress', 'load']"
     with pytest.raises(AttributeError, match="no_such_name"):
         kvc.no_such_name  # noqa: B018
+
+
+def test_attaching_again_to_a_fresh_model_sets_its_rows_again(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+        with kvc.attach(model, tokenizer) as patch:
+            ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+            found.append(logits_of(model, ids))
+        with kvc.attach(model, tokenizer):
+            assert torch.equal(logits_of(model, ids), found[-1])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("name", ["kv", "tied"])
+def test_what_a_run_has_learnt_is_never_reset(runs, bases, tmp_path, name):
+    folder = runs(name)
+    exported = str(tmp_path / "export")
+    export(folder, Path(exported))
+    tokenizer, model, patch = load(folder, bases[name])
+    patch.remove()
+    merged = model.merge_and_unload()
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    for each, known in ((merged, tokenizer), (model, transformers.AutoTokenizer.from_pretrained(exported))):
+        before = [part.weight.clone() for part in (each.get_input_embeddings(), each.get_output_embeddings())]
+        assert (before[0][-2] - before[0][:-2].mean(0)).abs().max() > 1e-4  # that it has learnt anything
+        for source in (known, folder):
+            kvc.attach(each, source).remove()
+            after = each.get_input_embeddings().weight, each.get_output_embeddings().weight
+            assert all(torch.equal(*pair) for pair in zip(before, after))
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(bases[name])  # merged by hand: nothing says what it holds
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    unknown = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    with pytest.raises(ValueError, match=r"the tokenizer is that of the run .*: attach\(model, "):
+        kvc.attach(unknown, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["kv", "options", "tied", "sinks"])
+def test_a_run_is_loaded_merged_and_attached(runs, tmp_path, name):
+    folder = runs(name)
+    model, tokenizer = kvc.load(folder)
+    assert not isinstance(model, peft.PeftModel) and not model.training
+    ids = marked(tokenizer, model.get_decoder()._sentinel_patch.rule)
+    expected = expected_logits(folder, ids)
+    torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-5, rtol=0)
+    export(folder, tmp_path / "export")
+    again, _ = kvc.load(tmp_path / "export")
+    torch.testing.assert_close(logits_of(again, ids), expected, atol=1e-5, rtol=0)
+    half, _ = kvc.load(folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"torch\.float32 or torch\.bfloat16, not torch\.float16"):
+        kvc.load(folder, dtype=torch.float16)
+
+
+def test_a_run_on_the_hub_is_loaded_by_its_name(runs, stand_in):
+    shutil.copytree(runs("kv"), stand_in.root / "models/someone/loaded")
+    model, tokenizer = kvc.load("someone/loaded", revision="main")
+    ids = marked(tokenizer, model.get_decoder()._sentinel_patch.rule)
+    torch.testing.assert_close(logits_of(model, ids), expected_logits(runs("kv"), ids), atol=1e-5, rtol=0)
+
+
+def test_a_base_model_that_is_out_of_reach_takes_one_line(runs, stand_in, tmp_path):
+    folder = shutil.copytree(runs("kv"), tmp_path / "run")
+    results = library.results_of(runs("kv")) | {"model": "someone/base"}
+    results["settings"] = results["settings"] | {"model_name_or_path": "someone/base"}
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RunError, match="the model someone/base could not be reached .*: use an export of the run"):
+        kvc.load(folder)
+    with pytest.raises(UsageError, match="no such folder"):
+        kvc.load(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"there is no results\.json of someone/nothing"):
+        kvc.load("someone/nothing")
+
+
+def python_blocks(page: str, heading: str) -> list[str]:
+    """The Python of a page's section."""
+    section = (ROOT / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [block.split("```")[0] for block in section.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "In your own code"), ("docs/library.md", "A trained run")])
+def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, tmp_path, page, heading):
+    """As a user runs it: a folder that run_clm.py has left, a program of its own, no network, the snippet as it is."""
+    home = tmp_path / "cache" / "kv_compression"
+    home.mkdir(parents=True)
+    shutil.copytree(
+        tiny_model, home / f"{presets.GGUF_PACKAGE}-{presets.GGUF_VERSION}"
+    )  # in the embedded model's place
+    flags = [flag if flag != tiny_model else "embedded" for flag in tiny_run]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "run"
+    command = [sys.executable, ROOT / "run_clm.py", *flags, "--max_train_steps", "1", "--output_dir", folder]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == presets.EMBEDDED_BASE
+
+    tokens = len(transformers.AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"])
+    kept = tokens - round(0.9 * tokens)
+    snippet = python_blocks(page, heading)[0].replace("output/embedded/quickstart/kv_compression_0.5", str(folder))
+    program = f"run, text = {str(folder)!r}, {TEXT!r}\n{snippet}\nprint(cache.length, output.shape)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{kept} torch.Size"), done.stderr
+
+
+def test_the_library_is_used_without_what_experiments_need(tiny_model, tmp_path):
+    program = f"""
+import sys
+for name in ("fcntl", "datasets", "pandas", "pyarrow", "peft"):
+    sys.modules[name] = None
+import warnings
+warnings.simplefilter("ignore")
+import transformers
+import kv_compression as kvc
+tokenizer = transformers.AutoTokenizer.from_pretrained({tiny_model!r})
+model = transformers.AutoModelForCausalLM.from_pretrained({tiny_model!r})
+with kvc.attach(model, tokenizer):
+    cache = kvc.compress(model, tokenizer, {TEXT!r}, 0.5)
+    kvc.Budget(max_length=30, span_length=8).enforce(cache)
+    cache.save("cache")
+    cache = kvc.SentinelCache.load("cache")
+    question = tokenizer(" the", return_tensors="pt")
+    print(cache.length, model.generate(**cache.followed_by(question), max_new_tokens=2, min_new_tokens=2).shape[1])
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    tokens = len(transformers.AutoTokenizer.from_pretrained(tiny_model)(" the")["input_ids"])
+    assert done.stdout.split()[1:] == [str(tokens + 2)], done.stderr
+    assert int(done.stdout.split()[0]) <= 30

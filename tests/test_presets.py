@@ -51,7 +51,7 @@ def test_the_paper_preset_is_the_published_recipe():
 def test_flags_beat_the_preset():
     settings = presets.resolve({"preset": "embedded", "learning_rate": 3e-4, "protocol": "paper", "seed": 2})
     assert (settings.learning_rate, settings.protocol, settings.fixed_spans) == (3e-4, "paper", True)
-    assert settings.output_dir == "output/embedded/kv_compression_0.0_paper_seed2"
+    assert settings.output_dir == "output/embedded/kv_compression_0.0_paper_seed2_learning_rate-0.0003"
     assert not presets.resolve({"preset": "embedded"}).fixed_spans
     local = presets.resolve({"preset": "paper", "train_file": "a.txt", "test_file": "b.txt"})
     assert (local.dataset_name, local.dataset_config_name, local.train_file) == (None, None, "a.txt")
@@ -83,12 +83,61 @@ def test_flags_beat_the_preset():
         ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
         ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),
         ({"span_unit": "phrase", "protocol": "matched"}, "needs --span_sampler self_information"),
+        ({"documents": "rows"}, "documents rows needs --isolate_documents or --position_ids_by_document"),
+        ({"documents": "lines", "isolate_documents": True}, "documents lines: choose from auto, rows, articles"),
         ({"span_sampler": "best", "protocol": "matched"}, "choose from random, fixed, self_information"),
+        ({"cr_tokens": 25, "protocol": "matched"}, "must be above --cr_tokens 25"),
+        ({"preset": "foo"}, "--preset foo: choose from auto, paper, embedded"),
+        ({"mixed_precision": "fp8"}, "--mixed_precision fp8: choose from no, bf16"),
+        ({"lr_scheduler_type": "steps"}, "--lr_scheduler_type steps: choose from linear, "),
+        ({"attn_implementation": "magic"}, "--attn_implementation magic: choose from grouped, "),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags, words):
     with pytest.raises(UsageError, match=words):
         presets.resolve({"preset": "paper"} | flags)
+
+
+@pytest.mark.parametrize("name", ["preset", "method", "mixed_precision", "lr_scheduler_type", "attn_implementation"])
+def test_settings_that_a_file_holds_are_checked_alike(name):
+    with pytest.raises(UsageError, match=f"--{name} foo: choose from"):
+        presets.Settings(**{name: "foo"}).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, ""),
+        ({"learning_rate": 1e-3, "num_train_epochs": 3, "gradient_accumulation_steps": 1, "block_size": 256}, ""),
+        ({"num_processes": 2, "mixed_precision": "auto", "checkpointing_steps": "5", "skip_untrained": True}, ""),
+        ({"recipe": "best"}, "_best"),
+        ({"isolate_documents": True, "sink_tokens": 2}, "_sink_tokens-2_isolate_documents"),
+        ({"learning_rate": 5e-5, "sink_tokens": 2}, "_sink_tokens-2_learning_rate-5e-05"),
+        ({"sink_tokens": 2, "learning_rate": 5e-5}, "_sink_tokens-2_learning_rate-5e-05"),
+        ({"model_name_or_path": "owner/a.1-B"}, "_model_name_or_path-a.1-B"),
+        ({"model_name_or_path": "folder/a b/"}, "_model_name_or_path-a_b_c8687a08"),
+        ({"train_file": "x/a.jsonl", "test_file": "b.txt"}, "_train_file-a_test_file-b"),
+        ({"dataset_name": "owner/text", "dataset_config_name": "c"}, "_dataset_name-text_dataset_config_name-c"),
+        ({"lora_target_modules": ("q", "v")}, "_lora_target_modules-q-v"),
+        ({"protocol": "paper", "seed": 3, "fixed_spans": True, "r": 8}, "_paper_seed3_r-8"),
+        ({"fixed_spans": True}, "_fixed_spans"),
+    ],
+)
+def test_the_default_folder_names_what_differs_from_the_preset(flags, name):
+    settings = presets.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5} | flags)
+    assert settings.output_dir == f"output/embedded/kv_compression_0.5{name}"
+
+
+def test_a_folder_of_many_options_has_a_name_that_any_disk_takes():
+    names = [presets.resolve({"train_file": "x" * 200, "test_file": last * 200}).output_dir for last in "xy"]
+    assert names[0] != names[1]
+    assert all(len(name) < 200 for name in names)
+
+
+def test_precision_and_kernel_are_named_where_the_machine_would_choose_another(monkeypatch):
+    for has_bf16, asked, name in [(True, "no", "_mixed_precision-no"), (True, "bf16", ""), (False, "no", "")]:
+        monkeypatch.setattr(presets, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert presets.resolve({"preset": "paper", "mixed_precision": asked}).output_dir.endswith(f"_0.0{name}")
 
 
 def test_embedded_text_is_split_by_topic_and_shares_no_paragraph():

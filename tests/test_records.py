@@ -30,10 +30,35 @@ def test_a_half_written_line_is_cut_off_and_made_again(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_a_last_line_that_lost_its_end_is_kept(tmp_path):
+    path = tmp_path / "generation.jsonl"
+    records.continue_file(path, ABOUT, overwrite=False)
+    path.write_text(json.dumps(RECORD))
+    assert records.continue_file(path, ABOUT, overwrite=False) == {0}
+    assert path.read_text() == json.dumps(RECORD) + "\n"
+
+
+def test_only_what_was_appended_is_overwritten(tmp_path):
+    path = tmp_path / "generation.jsonl"
+    for made in (lambda: path.write_text("mine\n"), lambda: records.about_path(path).write_text("{}")):
+        made()
+        with pytest.raises(UsageError, match="is not what these scripts have written|by something else"):
+            records.continue_file(path, ABOUT, overwrite=True)
+        for mine in tmp_path.iterdir():
+            mine.unlink()
+    records.continue_file(path, ABOUT, overwrite=False)
+    records.append(path, [RECORD])
+    path.write_text(path.read_text() + '{"a note": "of mine"}\n')
+    records.append(path, [RECORD | {"index": 1}])  # it goes on, and what is not ours is not taken for ours
+    with pytest.raises(UsageError, match="is not what these scripts have written"):
+        records.continue_file(path, ABOUT, overwrite=True)
+    assert "of mine" in path.read_text()
+
+
 def test_a_file_of_other_settings_is_kept_unless_overwritten(tmp_path):
     path = tmp_path / "generation.jsonl"
     records.continue_file(path, ABOUT, overwrite=False)
-    path.write_text('{"index": 0}\n')
+    records.append(path, [{"index": 0}])
     with pytest.raises(UsageError, match="--overwrite"):
         records.continue_file(path, ABOUT | {"seed": 1}, overwrite=False)
     assert path.read_text() == '{"index": 0}\n'

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kv_compression import measured, published, report, verdicts
+from kv_compression import measured, ownership, published, report, verdicts
 from kv_compression.errors import UsageError
 from tests.made_results import grid, group_of, results, scores, write
 
@@ -440,7 +440,9 @@ def test_missing_continuations_are_listed(tmp_path):
     assert "### Claim 2\n\nNo continuations were scored." in text_of(tmp_path / "none", results())
 
 
-@pytest.mark.parametrize("name", ["documents_sha256", "bertscore_model", "fluency_model"])
+@pytest.mark.parametrize(
+    "name", ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model", "convention"]
+)
 def test_scores_of_other_documents_or_scorers_are_not_compared(tmp_path, name):
     write(tmp_path, scores("kv_compression", better=0.05), scores("local_attention", **{name: None}))
     found = measured.collect(tmp_path).scores
@@ -529,9 +531,40 @@ def test_the_script_writes_everything_and_the_same_again(tmp_path):
     assert text.index("## Verdicts") > text.index("### Missing runs")
     assert "- none" in text
 
-    made = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    def made(folder: Path) -> dict[str, bytes]:
+        files = (path for path in folder.iterdir() if path.is_file() and path.name != ownership.LIST)
+        return {path.name: path.read_bytes() for path in files}
+
     report.write(measured.collect(folder), tmp_path / "out")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
+    assert made(tmp_path / "out") == made(folder)
+
+
+def test_a_results_file_stands_for_its_folder_and_others_for_none(tmp_path):
+    folder = write(tmp_path / "in", results()) / "000"
+    done = run_script(folder / "results.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(f": {folder}/report.md\n")
+    done = run_script(folder / "report.md")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {folder}/report.md is a file: name the folder where results lie, at any depth\n"
+
+
+@pytest.mark.parametrize("name", ["report.md", "report_runs.csv", "report_1_measured.png"])
+def test_a_file_of_somebody_else_is_not_reported_over(tmp_path, name):
+    folder = write(tmp_path / "in", *grid())
+    (folder / name).write_text("years of work")
+    before = sorted(path.name for path in folder.iterdir())
+    done = run_script(folder)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{name} is not what these scripts have written there" in done.stderr
+    assert "--output_dir" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+    (folder / name).unlink()
+    assert [run_script(folder).returncode for _ in range(2)] == [0, 0]
+    (folder / name).write_text("edited")
+    assert run_script(folder).returncode == 2
+    assert (folder / name).read_text() == "edited"
 
 
 @pytest.mark.parametrize("content", [None, b"{"])

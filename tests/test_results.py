@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from kv_compression import results
+from kv_compression import ownership, results
 from kv_compression.errors import RunError
 
 RUN = {
@@ -25,7 +25,7 @@ RUN = {
 def test_results_are_written_whole_and_read_back(tmp_path):
     results.write_json(tmp_path / "new" / results.RESULTS, RUN | {"extra": [math.inf, {"nan": math.nan}]})
     assert results.read_results(tmp_path / "new") == RUN | {"extra": [None, {"nan": None}]}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [results.RESULTS]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [ownership.LIST, results.RESULTS]
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_a_failed_write_leaves_the_old_results(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="No space left"):
         results.write_json(tmp_path / results.RESULTS, RUN | {"seed": 1})
     assert results.read_results(tmp_path) == RUN
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ownership.LIST, results.RESULTS]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b"[" * 100000, json.dumps({"method": "x"}).encode()])
@@ -50,7 +50,15 @@ def test_what_is_not_results_is_named(tmp_path, content):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"method": "a|b"}, {"bound_ratio": 1}, {"seed": "0"}, {"settings": []}, {"untrained": 3}, {"protocol": {}}],
+    [
+        {"method": "a|b"},
+        {"bound_ratio": 1},
+        {"seed": "0"},
+        {"settings": []},
+        {"untrained": 3},
+        {"protocol": {}},
+        {"commit": "a|b"},
+    ],
 )
 def test_results_with_other_fields_are_named(tmp_path, wrong):
     (tmp_path / results.RESULTS).write_text(json.dumps(RUN | wrong))

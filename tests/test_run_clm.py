@@ -59,8 +59,9 @@ def test_a_run_leaves_results_adapter_and_logs(call, texts, method, protocol):
     status, out, errors = call(*flags, texts["validation"], "--learning_rate", "0.01", "--max_train_steps", "12")
     assert (status, errors) == (0, [])
     suffix = "_paper" if protocol == "paper" else ""
-    folder = Path(f"output/embedded/{method}_{ratio}{suffix}")
-    assert out[0] == f"preset embedded (asked for), results in {folder}"
+    folder = Path(out[0].removeprefix("preset embedded (asked for), results in "))
+    assert folder.parent == Path("output/embedded")
+    assert folder.name.startswith(f"{method}_{ratio}{suffix}_model_name_or_path-tiny0_train_file-train_")
     assert len(out) == 2
     assert out[1].startswith(f"{method} at ratio {ratio}: test perplexity ")
 
@@ -120,9 +121,9 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
 
 
 def test_the_same_run_is_shown_and_another_is_refused(call):
-    flags = ["--method", "local_attention", "--bound_ratio", "0.5"]
+    flags = ["--method", "local_attention", "--bound_ratio", "0.5", "--output_dir", "out"]
     first = call(*flags)
-    log = Path("output/embedded/local_attention_0.5/train.log")
+    log = Path("out/train.log")
     written = log.stat().st_mtime_ns
     again = call(*flags)
     assert again[0] == 0
@@ -151,7 +152,9 @@ def test_a_folder_with_other_files_is_not_emptied(call, tmp_path):
 
 def test_eval_only_trains_nothing(call, texts):
     status, out, _ = call("--method", "kv_compression", "--bound_ratio", "0.5", "--eval_only")
-    results = results_of("output/embedded/kv_compression_0.5_untrained")
+    folder = Path(out[0].split("results in ")[1])
+    results = results_of(folder)
+    assert folder.name.startswith("kv_compression_0.5_untrained_")
     assert status == 0
     assert "without fine-tuning" in out[1]
     assert results["training"] is None

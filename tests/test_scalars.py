@@ -26,7 +26,7 @@ def test_what_was_added_can_be_read_back(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_takes_one_line(tmp_path):
     scalars = Scalars(tmp_path / "tensorboard")
-    scalars._file._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115 - closing it fails, too
+    scalars._file._writer = open("/dev/full", "wb")  # noqa: SIM115 - closing it fails, too
     scalars.add("train/loss", 2.5, 7)
     with pytest.raises(RunError, match="cannot write to .*tensorboard: No space left on device"):
         scalars.flush()

@@ -215,6 +215,15 @@ def test_a_living_claim_is_respected_and_a_dead_one_taken_over(claims):
         second.keep()
 
 
+def test_what_only_has_the_name_of_a_dead_claim_stays(claims):
+    claims.folder.mkdir()
+    for name, text in [("a.1", "my notes"), ("a.2", ""), ("a.3", '{"ho')]:
+        (claims.folder / name).write_text(text)
+        age(claims, name, 70)
+    claims.take("a").release()
+    assert files(claims) == ["a.1"]
+
+
 def test_a_name_that_was_freed_and_taken_again_is_not_ours(claims):
     first = claims.take("a")
     first.path.unlink()

@@ -1,16 +1,18 @@
+import math
 import re
 
 import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.state import GradientState
 
 from kv_compression import training
 from kv_compression.attention import compressed_attention
 from kv_compression.checkpoints import Checkpoint, Checkpoints
 from kv_compression.data import Blocks, SpanPlan
 from kv_compression.errors import RunError, UsageError
-from kv_compression.presets import Settings
+from kv_compression.presets import LR_SCHEDULERS, Settings
 from kv_compression.visibility import KVCompression, ScatteredAttention
 from tests.models import CONFIGS, random_model
 
@@ -99,6 +101,98 @@ def test_the_schedule_reads_every_block_once_an_epoch():
         assert sorted(block for blocks in read for block in blocks) == list(range(10))
     assert schedule.blocks_of(0) != schedule.blocks_of(2)
     assert training.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
+
+
+class Noted:
+    """A writer that keeps the learning rates."""
+
+    def __init__(self):
+        self.rates = []
+
+    def add(self, name, value, step):
+        if name == "train/learning_rate":
+            self.rates.append(value)
+
+
+def rates_of(blocks, wanted, **options) -> tuple[list[float], training.TrainingReport]:
+    noted, model, accelerator = Noted(), adapted(), accelerate.Accelerator()
+    with compressed_attention(model, rule=KVCompression(CL, CR)) as patch:
+        prepared = training.prepare(model, accelerator, wanted)
+        report = training.train(prepared, blocks, patch, accelerator, wanted, noted, **options)
+    return noted.rates, report
+
+
+def published_rates(num_blocks: int, wanted: Settings) -> list[float]:
+    """The learning rate of every update of a loop that hands its scheduler to accelerate as the published one does."""
+    GradientState._reset_state()
+    accumulation = wanted.gradient_accumulation_steps
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=accumulation)
+    model = torch.nn.Linear(1, 1)
+    loader = torch.utils.data.DataLoader(torch.zeros(num_blocks, 1), batch_size=wanted.per_device_train_batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=wanted.learning_rate)
+    updates = wanted.max_train_steps or wanted.num_train_epochs * math.ceil(len(loader) / accumulation)
+    scheduler = transformers.get_scheduler(
+        wanted.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=wanted.num_warmup_steps * accumulation,
+        num_training_steps=updates * accumulation,
+    )
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    rates = []
+    while len(rates) < updates:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                rate = optimizer.param_groups[0]["lr"]
+                accelerator.backward(model(batch).sum())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                rates.append(rate)
+            if len(rates) == updates:
+                break
+    GradientState._reset_state()
+    return rates
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_warmup_steps": 1}, {"max_train_steps": 5}])
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+def test_published_learning_rates_are_those_of_the_published_loop(kind, changes):
+    wanted = settings(gradient_accumulation_steps=3, lr_scheduler_type=kind, published_schedule=True, **changes)
+    expected = published_rates(10, wanted)
+    rates, report = rates_of(blocks_of(), wanted)
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert report.last_learning_rate == rates[-1]
+    assert (report.scheduler_steps, report.steps) == (3 * len(expected), len(expected))
+    assert report.scheduler_warmup_steps == 3 * wanted.num_warmup_steps
+
+
+def test_the_published_decay_ends_at_two_thirds_of_the_rate_and_the_sane_one_at_nothing():
+    recipe = {"gradient_accumulation_steps": 3, "learning_rate": 2e-5, "max_train_steps": 18}
+    rates, report = rates_of(blocks_of(), settings(published_schedule=True, **recipe))
+    assert report.last_learning_rate == pytest.approx(2e-5 * (1 - 17 / 54))
+    assert rates[-1] - (rates[0] - rates[1]) == pytest.approx(2e-5 * 2 / 3)  # where the next step would be
+    rates, report = rates_of(blocks_of(), settings(**recipe))
+    assert report.last_learning_rate == pytest.approx(2e-5 * (1 - 17 / 18))
+    assert (report.scheduler_steps, report.scheduler_warmup_steps) == (18, 0)
+
+
+def test_a_resumed_run_goes_on_with_the_published_rates(tmp_path):
+    wanted = settings(gradient_accumulation_steps=3, published_schedule=True, num_warmup_steps=1)
+    checkpoints = Checkpoints(tmp_path, {}, steps=2)
+    whole, report = rates_of(blocks_of(), wanted, checkpoints=checkpoints)
+    rest, resumed = rates_of(blocks_of(), wanted, resume=checkpoints.read(2))
+    assert rest == whole[2:]
+    assert resumed.last_learning_rate == report.last_learning_rate == whole[-1]
+
+
+def test_weight_decay_shrinks_what_is_trained():
+    def size(**changes):
+        model = adapted()
+        run(model, blocks_of(), KVCompression(CL, CR), settings(**changes))
+        return sum(value.detach().abs().sum() for value in model.parameters() if value.requires_grad)
+
+    assert size(weight_decay=10.0) < 0.9 * size()
 
 
 @pytest.mark.parametrize("num_blocks", [16, 10, 3])

@@ -17,33 +17,34 @@ RATIOS = st.floats(0, 0.999)
 
 @given(batches())
 def test_kv_compression_mask_is_the_restated_rule(rows):
-    mask = visibility.kv_compression_mask(torch.tensor(rows), CL, CR)
+    mask = visibility.KVCompression(CL, CR).mask(torch.tensor(rows))
     assert mask.dtype == torch.bool
     assert mask.tolist() == [slow_rules.kv_mask(row, CL, CR) for row in rows]
 
 
 def test_kv_compression_mask_as_drawn():
-    mask = visibility.kv_compression_mask(torch.tensor([[5, 6, CL, 7, 8, CR, 9]]), CL, CR)[0]
+    mask = visibility.KVCompression(CL, CR).mask(torch.tensor([[5, 6, CL, 7, 8, CR, 9]]))[0]
     drawn = ["1......", "11.....", "..1....", "11.1...", "11.11..", "..1111.", "11...11"]
     assert ["".join(".1"[seen] for seen in row) for row in mask.int().tolist()] == drawn
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12))
 def test_any_order_of_sentinels_has_the_restated_mask(ids):
-    mask = visibility.kv_compression_mask(torch.tensor([ids]), CL, CR)[0]
+    mask = visibility.KVCompression(CL, CR).mask(torch.tensor([ids]))[0]
     assert mask.tolist() == slow_rules.kv_mask(ids, CL, CR)
     assert visibility.KVCompression(CL, CR).removed(torch.tensor([ids])).item() == slow_rules.removed(ids, CL, CR)
 
 
 @given(st.integers(1, 300), RATIOS)
 def test_local_attention_mask_is_the_restated_rule(length, ratio):
-    mask = visibility.local_attention_mask(length, ratio)
+    mask = visibility.LocalAttention(ratio=ratio).mask(torch.full((1, length), 5))[0]
     assert mask.tolist() == slow_rules.local_mask(length, ratio)
 
 
 @given(st.integers(1, 40), RATIOS, st.integers(0, 99))
 def test_scattered_attention_shares_one_draw(length, ratio, seed):
-    mask = visibility.scattered_attention_mask(length, ratio, torch.Generator().manual_seed(seed))
+    ids = torch.randint(3, 999, (1, length), generator=torch.Generator().manual_seed(seed))
+    mask = visibility.ScatteredAttention(ratio=ratio, seed=seed).mask(ids)[0]
     assert mask.shape == (length, length)
     assert mask.diagonal().all()
     kept = mask[-1]
@@ -53,20 +54,23 @@ def test_scattered_attention_shares_one_draw(length, ratio, seed):
 
 
 def test_scattered_attention_keeps_the_stated_share():
-    drawn = visibility.scattered_attention_mask(4000, 0.3, torch.Generator().manual_seed(0))[-1].float()
-    assert abs(drawn.mean().item() - 0.7) < 0.03
-    kept = visibility.draw_keys(torch.randint(0, 50000, (200, 500)), 0.3, seed=1).float()
+    kept, _ = visibility.draw_keys(torch.randint(0, 50000, (200, 500)), 0.3, seed=1)
+    kept = kept.float()
     assert abs(kept.mean().item() - 0.7) < 0.01
     assert kept.mean(0).std() < 0.06  # no position is favoured: binomial spread is 0.032
     assert kept.mean(1).std() < 0.04  # no block either: 0.0205
 
 
+def drawn(ids, ratio, seed):
+    return visibility.draw_keys(ids, ratio, seed)[0]
+
+
 def test_the_draw_depends_on_seed_and_prefix_alone():
     ids = torch.randint(0, 1000, (4, 64), generator=torch.Generator().manual_seed(0))
-    kept = visibility.draw_keys(ids, 0.5, seed=3)
-    assert torch.equal(kept[2:3], visibility.draw_keys(ids[2:3], 0.5, seed=3))
-    assert torch.equal(kept[:, :20], visibility.draw_keys(ids[:, :20], 0.5, seed=3))
-    assert not torch.equal(kept, visibility.draw_keys(ids, 0.5, seed=4))
+    kept = drawn(ids, 0.5, seed=3)
+    assert torch.equal(kept[2:3], drawn(ids[2:3], 0.5, seed=3))
+    assert torch.equal(kept[:, :20], drawn(ids[:, :20], 0.5, seed=3))
+    assert not torch.equal(kept, drawn(ids, 0.5, seed=4))
     assert not torch.equal(kept[0], kept[1])
 
 
@@ -75,7 +79,7 @@ def test_the_draw_depends_on_seed_and_prefix_alone():
 def test_the_options_are_the_restated_rule(variant):
     rule, options, ids = variant
     length = len(ids)
-    mask = visibility.dense_mask(rule.mask_mod(torch.tensor([ids])), 1, length)[0]
+    mask = rule.mask(torch.tensor([ids]))[0]
     pairs = range(length)
     assert mask.tolist() == [[slow_rules.visible(ids, q, k, CL, CR, **options) for k in pairs] for q in pairs]
     options.pop("context")
@@ -86,7 +90,7 @@ def test_the_options_are_the_restated_rule(variant):
 def test_sink_attention_is_the_restated_rule(length, ratio, sinks):
     rule = visibility.SinkAttention(ratio=ratio, sink_tokens=sinks)
     ids = torch.full((1, length), 5)
-    mask = visibility.dense_mask(rule.mask_mod(ids), 1, length)[0]
+    mask = rule.mask(ids)[0]
     assert mask.tolist() == slow_rules.sink_mask(length, ratio, sinks)
     assert rule.removed(ids).item() == length - mask[-1].sum()
 
@@ -94,13 +98,12 @@ def test_sink_attention_is_the_restated_rule(length, ratio, sinks):
 @pytest.mark.parametrize("tenths", range(1, 10))
 def test_the_share_that_sink_attention_keeps_is_taken_in_double_precision(tenths):
     length, ratio = 2048, tenths / 10
-    index = torch.arange(length)
-    seen = visibility.sink_attention(length, ratio)(0, 0, index[:, None], index).sum(-1)
+    seen = visibility.SinkAttention(ratio=ratio).mask(torch.full((1, length), 5))[0].sum(-1)
     assert seen.tolist() == [math.ceil((1 - ratio) * (q + 1)) for q in range(length)]
 
 
 def test_sink_attention_keeps_four_sinks_by_default():
-    mask = visibility.dense_mask(visibility.SinkAttention(ratio=0.5).mask_mod(torch.full((1, 40), 5)), 1, 40)[0]
+    mask = visibility.SinkAttention(ratio=0.5).mask(torch.full((1, 40), 5))[0]
     assert mask[39].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(24, 40)]
 
 
@@ -159,23 +162,13 @@ def test_options_that_cannot_be_are_refused(wrong):
         visibility.KVCompression(CL, CR, **wrong)
 
 
-def rules(ids: torch.Tensor) -> dict:
-    return {
-        "sink_attention": visibility.sink_attention(ids.shape[1], 0.6),
-        "full_attention": visibility.causal,
-        "kv_compression": visibility.kv_compression(ids, CL, CR),
-        "local_attention": visibility.local_attention(ids.shape[1], 0.6),
-        "scattered_attention": visibility.scattered_attention(visibility.draw_keys(ids, 0.6, 0)),
-    }
-
-
 @pytest.mark.parametrize("method", visibility.METHODS)
 def test_block_mask_and_dense_mask_agree(method):
     from torch.nn.attention.flex_attention import create_mask
 
     ids = torch.randint(3, 9, (2, 150), generator=torch.Generator().manual_seed(0))
     ids[0, [10, 40, 90]], ids[0, [20, 60]], ids[1, [5, 130]], ids[1, 100] = CL, CR, CR, CL
-    rule = rules(ids)[method]
+    rule = visibility.METHODS[method](CL, CR, ratio=0.6).visible(ids)
     block = visibility.block_mask(rule, 2, 150)
     dense = visibility.dense_mask(rule, 2, 150)
     assert torch.equal(create_mask(block.mask_mod, 2, 1, 150, 150, device="cpu")[:, 0], dense)
@@ -232,13 +225,17 @@ def test_a_ratio_outside_the_range_is_refused(ratio):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"sink_tokens": 2, "recent_tokens": 4, "cr_tokens": 2, "cr_visibility": "context"}]
+    ("method", "options"),
+    [
+        *((method, {}) for method in visibility.METHODS),
+        ("kv_compression", {"sink_tokens": 2, "recent_tokens": 4, "cr_tokens": 2, "cr_visibility": "context"}),
+        ("sink_attention", {"sink_tokens": 2}),
+    ],
 )
-@pytest.mark.parametrize("method", visibility.METHODS)
 def test_no_rule_waits_for_the_device(method, options):
     """A tensor without content cannot be asked for a value, so that asking for one fails here."""
     documents = {"isolate_documents": True, "position_ids_by_document": True}
-    rule = visibility.METHODS[method](CL, CR, 0.5, 0, **options, **documents)
+    rule = visibility.METHODS[method](cl_id=CL, cr_id=CR, ratio=0.5, seed=0, **options, **documents)
     ids = torch.empty(3, 40, dtype=torch.long, device="meta")
     mask = visibility.dense_mask(rule.visible(ids, torch.ones_like(ids)), *ids.shape, ids.device)
     assert (mask.shape, mask.dtype) == ((3, 40, 40), torch.bool)
@@ -251,14 +248,14 @@ def test_sorted_keys_are_the_same_keys(variant):
     ids = torch.tensor([block])
     order = rule.key_order(ids)
     assert torch.equal(order.sort(-1).values, torch.arange(ids.shape[1]).expand_as(ids))
-    mask = visibility.dense_mask(rule.mask_mod(ids), *ids.shape)
-    moved = visibility.dense_mask(visibility.in_order(rule.mask_mod(ids), order), *ids.shape)
+    mask = visibility.dense_mask(rule.visible(ids), *ids.shape)
+    moved = visibility.dense_mask(visibility.in_order(rule.visible(ids), order), *ids.shape)
     assert torch.equal(moved, mask.gather(2, order[:, None, :].expand_as(mask)))
 
 
 def test_sorted_keys_leave_tiles_empty():
     rule = visibility.KVCompression(CL, CR)
     ids = torch.tensor([insert_sentinels([5] * 2048, exact_spans(2048, 0.9, 25, 0), CL, CR)])
-    plain = visibility.block_mask(rule.mask_mod(ids), *ids.shape).sparsity()
-    moved = visibility.block_mask(visibility.in_order(rule.mask_mod(ids), rule.key_order(ids)), *ids.shape).sparsity()
+    plain = visibility.block_mask(rule.visible(ids), *ids.shape).sparsity()
+    moved = visibility.block_mask(visibility.in_order(rule.visible(ids), rule.key_order(ids)), *ids.shape).sparsity()
     assert plain < 50 < 80 < moved
