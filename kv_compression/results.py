@@ -79,10 +79,11 @@ def results_of_run(folder: str) -> dict:
 
 def summary(results: dict) -> str:
     """One line on a run: what was measured, then how."""
-    trained = "without fine-tuning" if results.get("eval_only") else f"before fine-tuning {figure(_untrained(results))}"
+    trained = "" if _untrained(results) is None else f" (before fine-tuning {figure(_untrained(results))})"
+    trained = " (without fine-tuning)" if results.get("eval_only") else trained
     return (
-        f"{name_of(results)} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])} "
-        f"({trained}), {figure(results.get('num_targets'), 0)} tokens, "
+        f"{name_of(results)} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])}"
+        f"{trained}, {figure(results.get('num_targets'), 0)} tokens, "
         f"removed {figure(results['removed_fraction'], 3)}, "
         f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
         f"protocol {results['protocol']}, seed {results['seed']}, {figure(results.get('wall_seconds'), 0)} s"

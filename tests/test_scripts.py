@@ -1,7 +1,10 @@
 """The shell scripts, with a stand-in for Python that writes down how it is called."""
 
+import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +32,7 @@ def project(tmp_path):
     log = tmp_path / "calls"
 
     def run(*command, has_packages=True, status=0):
-        for name in ("python3", "python"):
+        for name in ("python3", "python", "python3.11", "python3.12", "python3.13"):
             stand_in = tmp_path / "bin" / name
             stand_in.write_text(STAND_IN.format(has_packages=int(not has_packages), log=log, status=status))
             stand_in.chmod(0o755)
@@ -97,6 +100,8 @@ def test_an_environment_is_made_once_if_the_active_python_lacks_packages(project
     calls = (tmp_path / "calls").read_text().splitlines()
     assert done.returncode == 0, done.stderr
     assert "Setting up" in done.stderr
+    assert "Step 2 of 2" in done.stderr
+    assert not any("--quiet" in call for call in calls)
     assert calls[0] == f"-m venv {tmp_path}/.venv"
     assert "requirements.txt" in calls[1]
     assert "--no-deps" in calls[2]
@@ -110,27 +115,80 @@ def test_an_environment_is_made_once_if_the_active_python_lacks_packages(project
     assert "Setting up" in again().stderr
 
 
+def test_an_old_python3_gives_way_to_a_newer_python(project, tmp_path):
+    project("run_clm_local_attention.sh", "0.5", has_packages=False)  # writes the stand-ins, all of them too old
+    newer = tmp_path / "bin" / "python3.11"
+    newer.write_text(newer.read_text().replace("; exit 1 ;;", '; [ "$2" ] && exit 1; exit 0 ;;', 1) + "# newer\n")
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "run_clm_local_attention.sh", "0.5"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".venv/bin/python").read_text().endswith("# newer\n")
+
+
 def test_quickstart_runs_what_is_missing_and_keeps_its_summary(project, tmp_path):
     done, calls = project("quickstart.sh", "0.3")
-    runs, generations, (table, scores) = calls[:5], calls[5:10], calls[10:]
-    assert done.stdout.splitlines()[0].startswith("Claim 1")
-    assert [call.split()[4] for call in runs] == ["full_attention", *METHODS]
-    assert all("--preset embedded" in call for call in runs)
-    assert [call.split()[6] for call in runs] == ["0.0", *["0.3"] * 4]
-    folders = [call.split()[-1] for call in runs]
+    runs, generations, (table, scores, ending) = calls[:6], calls[6:12], calls[12:]
+    told = done.stdout.splitlines()
+    assert [line for line in told if line.startswith("Run ")][::5] == [
+        "Run 1 of 6: full_attention 0.0",
+        "Run 6 of 6: scattered_attention 0.3",
+    ]
+    assert "Claim 1: test perplexity after fine-tuning" in told
+    methods = [call[call.index("--method") :].split()[1] for call in runs]
+    assert methods == ["full_attention", "kv_compression", *METHODS]
+    ratios = [call[call.index("--bound_ratio") :].split()[1] for call in runs]
+    assert ratios == ["0.0", *["0.3"] * 5]
+    assert [call.split()[-2:] == ["--recipe", "best"] for call in runs] == [False, False, True, False, False, False]
+    assert all("--preset embedded" in call and "--resume_from_checkpoint" in call for call in runs)
+    folders = [call[call.index("--output_dir") :].split()[1] for call in runs]
+    assert len(set(folders)) == 6
     assert table == "-m kv_compression.results " + " ".join(folders)
+    assert ending == "-m kv_compression.quickstart " + " ".join(folders)
     assert [call.split()[2] for call in generations] == folders
-    assert scores.split()[1:6] == [f"{folder}/generation.jsonl" for folder in folders]
+    assert scores.split()[1:7] == [f"{folder}/generation.jsonl" for folder in folders]
     again, calls = project("quickstart.sh", "0.3")
     assert calls == []
-    assert again.stdout == done.stdout
-    for folder in folders:
+    assert done.stdout.endswith("\n" + again.stdout)
+    for folder in folders[:4]:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "results.json").write_text("{}")
     (tmp_path / "output/embedded/quickstart/summary_0.3.txt").unlink()
-    assert project("quickstart.sh", "0.3")[1] == [*generations, table, scores]
-    assert project("quickstart.sh", "0.4", status=1)[0].returncode == 1
-    assert not list(tmp_path.glob("output/embedded/quickstart/summary_0.4*"))
+    done, calls = project("quickstart.sh", "0.3")
+    assert calls == [*runs[4:], *generations, table, scores, ending]
+    assert done.stdout.startswith("Run 5 of 6: sink_attention 0.3\n")
+
+
+@pytest.mark.parametrize("flags", [[], ["0.4"]])
+def test_a_quickstart_that_stops_says_how_to_continue(project, tmp_path, flags):
+    done, calls = project("quickstart.sh", *flags, status=130)
+    assert done.returncode == 130
+    assert len(calls) == 1
+    assert done.stderr == " ".join(["stopped; sh quickstart.sh", *flags, "continues from here\n"])
+    assert not list(tmp_path.glob("output/embedded/quickstart/summary_*"))
+
+
+def test_a_key_ends_the_quickstart_and_the_same_command_continues(project, tmp_path):
+    project("quickstart.sh", "0")  # writes the stand-ins
+    log = tmp_path / "calls"
+    log.write_text("")
+    waits = (tmp_path / "bin" / "python3").read_text().replace("run_clm.py) exit 0", "run_clm.py) sleep 60")
+    (tmp_path / "bin" / "python3").write_text(waits)
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [shutil.which("dash") or "sh", "quickstart.sh", "0.4"]
+    started = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 30
+    while "run_clm.py" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    assert started.wait(30) == 130
+    assert started.stderr.read() == "stopped; sh quickstart.sh 0.4 continues from here\n"
+    done, calls = project("quickstart.sh", "0.4")
+    assert done.returncode == 0
+    assert "--resume_from_checkpoint" in calls[0]
 
 
 @pytest.mark.parametrize(
