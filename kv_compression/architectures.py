@@ -15,20 +15,20 @@ from kv_compression.methods.rule import MaskMod
 # cache those of one masked pass. Add one of your own once benchmarks/architectures.py finds it right.
 RIGHT = set(
     """
-    afmoe apertus arcee aria_text axk1 beam bert bert-generation biogpt bitnet codegen cohere cohere2
-    cohere2_moe cohere_compass_text ctrl cwm deepseek_v2 deepseek_v3 diffllama dots1 electra emu3 ernie ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text
-    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese
-    gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense
-    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text
-    longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3
-    mistral mixtral mllama nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
-    phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roc_bert seed_oss smollm3 solar_open stablelm starcoder2
-    vaultgemma whisper xglm youtu
+    afmoe apertus arcee aria_text axk1 beam biogpt bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text
+    ctrl cwm deepseek_v2 deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon
+    flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
+    glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text longcat_flash mellum
+    mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama nanochat
+    nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3
+    qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xglm youtu
     """.split()  # noqa: SIM905 (a line of names reads better)
 )
 INDEXED = "its layers pick keys by content, from an index of their own that no key leaves"
 CONVOLVES = "its layers mix neighbouring tokens by convolution, whatever a mask hides"
+ENCODER = "it is an encoder"
 EMBEDS = "it hands its language model embeddings in place of token ids: load the text model alone"
 OFFSET = "it counts positions from its padding token on"
 OWN_MASKS = "it makes its masks itself, from padding alone"
@@ -40,6 +40,7 @@ WRONG = {
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"), OFFSET),
     **dict.fromkeys(("xlm-roberta-xl", "xmod"), OFFSET),
     **dict.fromkeys(("openai-gpt", "prophetnet", "reformer", "xlm", "xlnet"), OWN_MASKS),
+    **dict.fromkeys(("bert", "bert-generation", "electra", "ernie", "megatron-bert", "rembert", "roc_bert"), ENCODER),
     "big_bird": "its block-sparse attention makes its masks itself",
     "blt": "it groups bytes into patches and makes a mask for each of its parts",
     "deepseek_v4": "it compresses its keys itself, in blocks by their place",
@@ -47,6 +48,13 @@ WRONG = {
     "moshi": "its configuration names a window that it does not use",
     "gpt_neo": "its local layers cut by a key's place in the cache",
 }
+# Options of a configuration that make any architecture wrong.
+OPTIONS = (
+    ("alibi", True, "ALiBi takes distances from a key's place in the cache"),
+    ("is_causal", False, "its tokens see later ones"),
+    ("use_bidirectional_attention", True, "its tokens see later ones"),
+    ("attn_temperature_tuning", True, "it scales queries by their place in the cache (attn_temperature_tuning)"),
+)
 
 
 class Pattern(NamedTuple):
@@ -94,18 +102,32 @@ def patterns_of(decoder: nn.Module) -> dict[str, Pattern]:
 
 def check_architecture(model: nn.Module, decoder: nn.Module) -> None:
     """Raise ValueError, with the reason, unless a patched model of this architecture is known to be right."""
+    if getattr(decoder, "config", None) is None:
+        raise refusal(model.config.model_type, "transformers does not tell its decoder")
     for config in (model.config, decoder.config):
         if config.model_type in WRONG:
             raise refusal(config.model_type, WRONG[config.model_type])
-    if getattr(decoder.config, "alibi", False):
-        raise refusal(decoder.config.model_type, "ALiBi takes distances from a key's place in the cache")
+    name = decoder.config.model_type
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        raise refusal(decoder.config.model_type, "its decoder takes no position_ids: they come from the cache's length")
-    if decoder.config.model_type not in RIGHT:
-        raise refusal(
-            decoder.config.model_type,
-            "nobody has checked it: if benchmarks/architectures.py finds it right, add it to architectures.RIGHT",
-        )
+        raise refusal(name, "its decoder takes no position_ids: they come from the cache's length")
+    for option, value, reason in OPTIONS:
+        if getattr(decoder.config, option, None) is value:
+            raise refusal(name, reason)
+    if name not in RIGHT:
+        reason = "nobody has checked it: if benchmarks/architectures.py finds it right, add it to architectures.RIGHT"
+        raise refusal(name, reason)
+
+
+def positions_of(config) -> int | None:
+    """How many positions a model has, None if it has any number.
+
+    Where rotary angles change with the length of the text, as many as leave them alone: a cache holds old ones.
+    """
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") in ("dynamic", "longrope"):
+        original = rotary.get("original_max_position_embeddings")
+        return original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)
 
 
 def refusal(model_type: str, reason: str) -> ValueError:

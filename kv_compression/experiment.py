@@ -22,7 +22,7 @@ from torch import nn
 
 from kv_compression import ownership, presets, processes, strict_json
 from kv_compression.attention import FLEX, SORTED_FLEX, compressed_attention
-from kv_compression.checkpoints import Checkpoint, Checkpoints
+from kv_compression.checkpoints import FOLDER, Checkpoint, Checkpoints
 from kv_compression.commit import commit_of_project
 from kv_compression.data import (
     OFFLINE,

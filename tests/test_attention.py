@@ -184,7 +184,13 @@ WINDOWS = {
     "mistral": {"sliding_window": 5},
     "gemma3_text": {"sliding_window": 5, "head_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "llama4_text": {"attention_chunk_size": 6, "intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8},
+    "llama4_text": {
+        "attention_chunk_size": 6,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "head_dim": 8,
+        "attn_temperature_tuning": False,
+    },
 }
 
 
