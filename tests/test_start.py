@@ -49,7 +49,8 @@ def flags(tmp_path) -> dict[str, list]:
     """Flags with which each script comes to load torch."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(json.dumps(RUN))
-    (tmp_path / "run" / "generation.jsonl").write_text("")
+    record = {"index": 0, "reference": "so", "continuations": ["and so"], "prefix_tokens": 2, "cache_length": 1}
+    (tmp_path / "run" / "generation.jsonl").write_text(json.dumps(record) + "\n")
     return {
         "run_clm": ["--method", "full_attention"],
         "generate_c4": ["--model_dir", tmp_path / "run"],
