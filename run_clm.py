@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from kv_compression import presets
-from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
-METHODS = list(presets.METHOD_NAMES)
+METHODS = list(run_settings.METHOD_NAMES)
 
 
 def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, str | None]:
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     add("--num_train_epochs", type=int, help="(3)")
     add("--max_train_steps", type=int, help="optimizer steps, overrides the epochs (embedded: 16)")
     add("--num_warmup_steps", type=int, help="(0)")
-    add("--lr_scheduler_type", choices=presets.LR_SCHEDULERS, help="(linear)")
+    add("--lr_scheduler_type", choices=run_settings.LR_SCHEDULERS, help="(linear)")
     add("--max_eval_blocks", type=int, help="score only the first blocks of a split (all; embedded: 24)")
     add("--r", type=int, help="LoRA's rank (16)")
     add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
@@ -102,8 +102,10 @@ def main() -> None:
             f"--method is missing: choose from {', '.join(METHODS)}, as in {example}; --help has all flags"
         )
     quiet_libraries()
-    presets.check_flags(flags)  # before the seconds that the imports take
-    from kv_compression import experiment, hub, model_card, processes, results
+    run_settings.check_flags(flags)  # before the seconds that the imports take
+    from kv_compression.io import processes, results
+    from kv_compression.sharing import hub, model_card
+    from kv_compression.training import run as training_run
 
     state = processes.state()
 
@@ -111,18 +113,18 @@ def main() -> None:
         if state.is_main_process:
             print(line, flush=True)
 
-    settings = presets.resolve(flags | {"num_processes": state.num_processes})
+    settings = run_settings.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    source = None if resume in (None, "latest") else experiment.other_run(resume, settings.output_dir)
-    found = processes.on_main(experiment.finished, settings, overwrite, bool(resume) and source is None)
+    source = None if resume in (None, "latest") else training_run.other_run(resume, settings.output_dir)
+    found = processes.on_main(training_run.finished, settings, overwrite, bool(resume) and source is None)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-        processes.on_main(experiment.finish, settings, found)
+        processes.on_main(training_run.finish, settings, found)
     folder = Path(settings.output_dir)
     # Before hours of training, not behind them.
     repository = None if asked is None else processes.on_main(hub.destination, asked, folder)
     resumes = source is not None or (bool(resume) and not overwrite)
-    found = found or experiment.run(settings, resumes, source)
+    found = found or training_run.run(settings, resumes, source)
     say(results.summary(found))
     if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kv_compression.checkpoints import Checkpoints
-from kv_compression.errors import RunError, UsageError
-from kv_compression.experiment import only_run_in
-from kv_compression.tensor_files import write_tensors
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.io.tensor_files import write_tensors
+from kv_compression.training.checkpoints import Checkpoints
+from kv_compression.training.run import only_run_in
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]

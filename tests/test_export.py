@@ -11,10 +11,11 @@ import transformers
 
 import export_model
 import kv_compression as kvc
-from kv_compression import experiment, export
-from kv_compression.attention import compressed_attention
-from kv_compression.errors import RunError, UsageError, run_script
-from kv_compression.sentinels import insert_sentinels
+from kv_compression.io.errors import RunError, UsageError, run_script
+from kv_compression.methods.sentinels import insert_sentinels
+from kv_compression.model.attention import compressed_attention
+from kv_compression.sharing import export
+from kv_compression.training import run as training_run
 from tests.runs import KV, make_run, write_tied_model
 
 
@@ -41,7 +42,7 @@ def test_plain_transformers_and_one_line_give_the_logits_of_the_run(run, tmp_pat
     implementation = "grouped" if precision == "bf16" else None  # in bf16 others round to other values
     model = transformers.AutoModelForCausalLM.from_pretrained(output, attn_implementation=implementation)
     assert str(model.dtype) == f"torch.{kept}"
-    _, expected, _ = experiment.load_run(run, "bf16" if precision == "bf16" else "no")
+    _, expected, _ = training_run.load_run(run, "bf16" if precision == "bf16" else "no")
     with kvc.attach(model, output) as patch, compressed_attention(expected, rule=patch.rule), torch.no_grad():
         ids = tokenizer(" the cat sees the old dog near a red house in one garden")["input_ids"]
         if patch.rule.uses_sentinels:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from kv_compression import errors, processes
-from kv_compression.errors import RunError, UsageError
+from kv_compression.io import errors, processes
+from kv_compression.io.errors import RunError, UsageError
 
 ROOT = Path(__file__).parent.parent
 

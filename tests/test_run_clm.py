@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import run_clm
-from kv_compression import data, sentinels
+from kv_compression.data import blocks as data_blocks
+from kv_compression.methods import sentinels
 from tests.conftest import sentences
 from tests.runs import call_script
 
@@ -105,15 +106,17 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
 
     import accelerate
 
-    from kv_compression import experiment, presets, visibility
-    from kv_compression.attention import compressed_attention
-    from kv_compression.loss import TokenLosses
-    from kv_compression.perplexity import evaluate
+    from kv_compression import settings as run_settings
+    from kv_compression import visibility
+    from kv_compression.model.attention import compressed_attention
+    from kv_compression.model.loss import TokenLosses
+    from kv_compression.training import run as training_run
+    from kv_compression.training.evaluation import evaluate
 
-    settings = presets.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
+    settings = run_settings.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    _, splits = experiment.read_blocks(settings, fresh, None, accelerator)
+    _, splits = training_run.read_blocks(settings, fresh, None, accelerator)
     rule = visibility.KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
@@ -167,7 +170,7 @@ def test_methods_share_one_token_stream_where_no_sentinels_stand_in_it(call, tmp
     text.write_text("\n".join(json.dumps({"text": line}) for line in sentences(12, seed=9)))
     flags = ["--eval_only", "--test_file", str(text), "--bound_ratio", "0.5"]
     assert call(*flags, "--method", "local_attention")[0] == 0
-    monkeypatch.setattr(data, "_tokenize_batch", None)
+    monkeypatch.setattr(data_blocks, "_tokenize_batch", None)
     assert call(*flags, "--method", "kv_compression")[0] == 0
     with pytest.raises(TypeError):
         call(*flags, "--method", "kv_compression", "--protocol", "paper")
@@ -269,10 +272,10 @@ def test_methods_are_named_alike_everywhere():
 
 
 def test_schedulers_are_named_alike_everywhere():
-    from kv_compression import presets
+    from kv_compression import settings as run_settings
 
-    assert list(presets.LR_SCHEDULERS) == run_clm.LR_SCHEDULERS
-    assert set(presets.LR_SCHEDULERS) <= {kind.value for kind in transformers.SchedulerType}
+    assert list(run_settings.LR_SCHEDULERS) == run_clm.LR_SCHEDULERS
+    assert set(run_settings.LR_SCHEDULERS) <= {kind.value for kind in transformers.SchedulerType}
 
 
 def test_the_log_ends_with_the_test_perplexity(call, texts):
@@ -350,10 +353,11 @@ def test_another_tokenizer_reads_the_text(call, tiny_model, tmp_path):
 
 
 def test_checkpoints_may_be_written_at_the_end_of_every_epoch(call, monkeypatch):
-    from kv_compression import checkpoints, experiment
+    from kv_compression.training import checkpoints
+    from kv_compression.training import run as training_run
 
     steps, lengths = [], []
-    write, schedule = checkpoints.Checkpoints.write, experiment.Schedule
+    write, schedule = checkpoints.Checkpoints.write, training_run.Schedule
 
     def noted(self, step, *rest):
         steps.append(step)
@@ -365,7 +369,7 @@ def test_checkpoints_may_be_written_at_the_end_of_every_epoch(call, monkeypatch)
         return found
 
     monkeypatch.setattr(checkpoints.Checkpoints, "write", noted)
-    monkeypatch.setattr(experiment, "Schedule", measured)
+    monkeypatch.setattr(training_run, "Schedule", measured)
     flags = ["--method", "full_attention", "--checkpointing_steps", "epoch", "--per_device_train_batch_size", "20"]
     assert call(*flags, "--max_train_steps", "12")[0] == 0
     assert 1 < lengths[0] < 6

@@ -6,8 +6,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_compression import sentinels
-from kv_compression.visibility import KVCompression
+from kv_compression.methods import sentinels
+from kv_compression.methods.kv_compression import KVCompression
 from tests import slow_rules
 from tests.layouts import CL, CR, batches
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_compression import visibility
-from kv_compression.sentinels import insert_sentinels
-from kv_compression.spans import exact_spans
+from kv_compression.methods.sentinels import insert_sentinels
+from kv_compression.spans.exact import exact_spans
 from tests import slow_rules
 from tests.layouts import CL, CR, batches, blocks, variants
 

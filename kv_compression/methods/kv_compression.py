@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kv_compression.methods.rule import NEVER, History, MaskMod, Rule, Tokens
-from kv_compression.sentinels import count_text, span_bounds
+from kv_compression.methods.sentinels import count_text, span_bounds
 
 CR_VISIBILITIES = ("span", "context")
 FARTHEST = NEVER // 2  # a window this wide never ends
