@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from kv_compression.data import embedded, reading
 from kv_compression.io.errors import Parser, UsageError, is_main_process, quiet_libraries, ratio, run_script
 from kv_compression.io.results import results_of_run
 from run_clm import METHODS
@@ -54,16 +55,14 @@ def parse() -> argparse.Namespace:
 
 def pick(flags: argparse.Namespace, preset: str) -> list:
     """The documents to continue."""
-    from kv_compression import settings as run_settings
-    from kv_compression.data import blocks as data_blocks
     from kv_compression.generation import sampling
 
     if flags.docs_file:
-        texts = data_blocks.read_texts(flags.docs_file, "docs_file")
+        texts = reading.read_texts(flags.docs_file, "docs_file")
     elif preset == "embedded":
-        texts = run_settings.embedded_text()["test"]["text"]
+        texts = embedded.embedded_text()["test"]["text"]
     else:
-        texts = data_blocks.stream_c4(flags.seed)
+        texts = reading.stream_c4(flags.seed)
     return sampling.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
 
 

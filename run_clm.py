@@ -103,8 +103,8 @@ def main() -> None:
         )
     quiet_libraries()
     run_settings.check_flags(flags)  # before the seconds that the imports take
-    from kv_compression.io import processes, results
-    from kv_compression.sharing import hub, model_card
+    from kv_compression.io import hub, processes, results
+    from kv_compression.sharing import model_card
     from kv_compression.training import run as training_run
 
     state = processes.state()

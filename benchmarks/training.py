@@ -46,6 +46,7 @@ from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model import lora
 from kv_compression.model.attention import compressed_attention
 from kv_compression.settings import Settings, has_bf16
 from kv_compression.spans.exact import exact_spans
@@ -130,7 +131,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 def published_step(blocks: Blocks, size: int, shape: tuple[int, int, int]):
     """A step as the published code does it, as far as its description tells."""
     model = gpt_neox("eager", torch.float32, *shape)
-    targets = list(training_loop.ATTENTION_PROJECTIONS["gpt_neox"])
+    targets = list(lora.ATTENTION_PROJECTIONS["gpt_neox"])
     how = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "target_modules": targets}
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **how)).train()
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -161,7 +162,7 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     model = gpt_neox(settings.attn_implementation, dtype, *shape)
     sentinels = (CL, CR) if settings.method == "kv_compression" else ()
-    model = training_loop.add_lora(model, training_loop.lora_targets(model, None), settings.r, sentinels)
+    model = lora.add_lora(model, lora.lora_targets(model, None), settings.r, sentinels)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     prepared = training_loop.prepare(model, accelerator, settings)
     schedule = training_loop.Schedule(settings, len(blocks), 1)

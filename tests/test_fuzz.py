@@ -19,6 +19,7 @@ import transformers
 import eval_generation
 from kv_compression import settings as run_settings
 from kv_compression.data import blocks as data_blocks
+from kv_compression.data import reading
 from kv_compression.generation import records, sampling
 from kv_compression.generation.scoring import score_records
 from kv_compression.io import disk_cache, results
@@ -93,7 +94,7 @@ def test_text_files(suffix, tmp_path, tokenizer, monkeypatch):
 
     def use(content: bytes) -> None:
         path.write_bytes(content)
-        texts = data_blocks.read_texts(str(path), "train_file")
+        texts = reading.read_texts(str(path), "train_file")
         assert len(data_blocks.document_numbers(texts)) == len(texts) > 0
         encoded = data_blocks._tokenize_batch(
             {"text": texts}, list(range(len(texts))), tokenizer, "train", None, "token"

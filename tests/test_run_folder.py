@@ -10,9 +10,9 @@ import pytest
 
 import generate_c4
 import run_clm
-from kv_compression.io import commit, ownership
+from kv_compression.io import commit, hub, ownership
 from kv_compression.io.errors import RunError
-from kv_compression.sharing import hub, model_card
+from kv_compression.sharing import model_card
 from kv_compression.training import run as training_run
 from tests.conftest import sentences
 from tests.runs import call_script, write_texts

@@ -17,8 +17,8 @@ from kv_compression import settings as run_settings
 from kv_compression.io.errors import RunError
 from kv_compression.io.results import write_json
 from kv_compression.io.whole_files import file_name
+from kv_compression.model import lora
 from kv_compression.sweep import jobs as sweep_jobs
-from kv_compression.training import loop as training_loop
 from kv_compression.training import run as training_run
 from tests import test_report
 
@@ -99,7 +99,7 @@ def finished_run(tiny_model, tmp_path) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = {"default": "x", "../a|b": "y", "c\nd": "z"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
-    model = training_loop.add_lora(model, training_loop.lora_targets(model, None), 4)
+    model = lora.add_lora(model, lora.lora_targets(model, None), 4)
     training_run.save_model(model, tokenizer, tmp_path / "run")
     settings = run_settings.resolve(
         {"preset": "embedded", "method": "local_attention", "model_name_or_path": tiny_model}

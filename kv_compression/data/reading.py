@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_compression.io.errors import RunError, UsageError, is_main_process, one_line, printable
-from kv_compression.sharing.hub import check_hub
+from kv_compression.io.hub import check_hub
 
 if TYPE_CHECKING:
     import datasets  # else where it is used: it takes a second, and the library does without

@@ -14,9 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.io import fields, ownership
 from kv_compression.io.errors import RunError, one_line
+from kv_compression.io.hub import repository_name
 from kv_compression.io.whole_files import write_whole
 from kv_compression.settings import EMBEDDED, Settings
-from kv_compression.sharing.hub import repository_name
 
 CARD = "README.md"
 PAPER = "Context Compression for Auto-regressive Transformers with Sentinel Tokens"

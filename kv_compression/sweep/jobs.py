@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kv_compression import settings as run_settings
-from kv_compression.data import blocks as data_blocks
+from kv_compression.data import embedded, reading
 from kv_compression.generation import records, sampling
 from kv_compression.io import strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
@@ -174,9 +174,9 @@ class Continuations:
             about["mixed_precision"] = self.mixed_precision
         about["compress_generated"] = bool(self.compress_generated)
         if self.docs_file:
-            texts = data_blocks.read_texts(self.docs_file, "docs_file")
+            texts = reading.read_texts(self.docs_file, "docs_file")
         elif preset == "embedded":
-            texts = run_settings.embedded_text()["test"]["text"]
+            texts = embedded.embedded_text()["test"]["text"]
         else:
             return about
         found = sampling.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from kv_compression import settings as run_settings
+from kv_compression.data import embedded
 from kv_compression.data.blocks import SPLITS, Blocks, cut_blocks, tokenize
 from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.data.reading import OFFLINE, load_file, load_hub_split
@@ -28,6 +28,7 @@ from kv_compression.io import ownership, processes, strict_json
 from kv_compression.io.commit import commit_of_project
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.fields import is_measured
+from kv_compression.io.hub import check_hub
 from kv_compression.io.results import RESULTS, read_results, results_of_run, write_json
 from kv_compression.io.tensor_files import digest
 from kv_compression.methods import METHODS
@@ -37,7 +38,6 @@ from kv_compression.model.loading import cast, merge_adapter, stored_dtype
 from kv_compression.model.lora import LORA_ALPHA, LORA_DROPOUT, add_lora, lora_targets
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
-from kv_compression.sharing.hub import check_hub
 from kv_compression.sharing.model_card import CARD, write_card
 from kv_compression.spans.self_information import cached_self_information
 from kv_compression.training.checkpoints import FOLDER, Checkpoint, Checkpoints
@@ -349,7 +349,7 @@ def load_model(
     With `as_stored` weights are in the precision of their files, whatever the settings say, if `stored_dtype` knows it.
     """
     name = settings.model_name_or_path
-    local = run_settings.embedded_model() if name == EMBEDDED else name
+    local = embedded.embedded_model() if name == EMBEDDED else name
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     for flag, place in (("model_name_or_path", local), ("tokenizer_name", settings.tokenizer_name or local)):
         if place.startswith(("/", ".", "~")) and not os.path.isdir(place):
@@ -374,7 +374,7 @@ def load_model(
     if attention in (FLEX, SORTED_FLEX) and not torch.cuda.is_available() and not settings.eval_only:
         raise UsageError(f"{attention} cannot train on a CPU: use --attn_implementation sdpa")
     if name == EMBEDDED:
-        return tokenizer, model, run_settings.embedded_revision()
+        return tokenizer, model, embedded.embedded_revision()
     snapshot = None if os.path.isdir(local) else _snapshot(name)
     return tokenizer, model, snapshot and snapshot.name
 
@@ -524,7 +524,7 @@ def load_rows(settings: Settings, split: str):
         path = getattr(settings, f"{split}_file")
         return load_file(path, split) if path else None
     if settings.dataset_name == EMBEDDED:
-        return run_settings.embedded_text().get(split)
+        return embedded.embedded_text().get(split)
     return load_hub_split(settings.dataset_name, settings.dataset_config_name, split)
 
 
