@@ -14,7 +14,7 @@ from kv_compression.data import blocks as data_blocks
 from kv_compression.data import reading
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.model.vocabulary import add_sentinels
-from kv_compression.spans import exact, plan
+from kv_compression.spans import exact
 from kv_compression.spans import plan as span_plan
 from kv_compression.spans import self_information as information
 from tests import slow_rules
