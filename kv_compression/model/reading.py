@@ -1,0 +1,75 @@
+"""Reading tokens into a cache: rows as a batch, long prefixes in chunks, and `generate`, which must not misread."""
+
+from collections.abc import Sequence
+from functools import wraps
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from kv_compression.model.cache import SentinelCache
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def as_batch(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of token ids as a batch `(rows, longest)` padded on the right, and its attention mask if any is padded."""
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)], real[number, : len(row)] = torch.tensor(row), 1
+    return input_ids.to(device), None if bool(real.all()) else real.to(device)
+
+
+@torch.no_grad()
+def prefill(
+    model: nn.Module, input_ids: Tensor, cache: SentinelCache, attention_mask: Tensor | None = None, chunk: int = 128
+) -> Tensor:
+    """Read prefixes `(batch, length)`, padded on the right, into the cache in chunks.
+
+    Returns the logits after every row's last token, `(batch, vocabulary)`. Peak memory depends on the chunk and on what
+    the cache keeps, not on the length. (This project.)
+    """
+    batch, length = input_ids.shape
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    last = (real * torch.arange(length, device=real.device)).argmax(-1)
+    found = [None] * batch
+    for start in range(0, length, chunk):
+        within = range(start, start + chunk)
+        ending = {row: position - start for row, position in enumerate(last.tolist()) if position in within}
+        wanted = sorted(set(ending.values())) or [0]  # scoring the whole vocabulary costs as much as a layer or more
+        logits = model(
+            input_ids=input_ids[:, start : start + chunk],
+            attention_mask=None if attention_mask is None else real[:, start : start + chunk],
+            past_key_values=cache,
+            logits_to_keep=torch.tensor(wanted),
+        ).logits
+        for row, position in ending.items():
+            found[row] = logits[row, wanted.index(position)]
+    return torch.stack(found)
+
+
+class GenerateGuard:
+    """Makes a model's `generate` refuse tokens that a filled `SentinelCache` would misread, until `remove()`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        model.generate = MethodType(_guarded_generate, model)  # bound, so that a copy of the model has its own
+
+    def remove(self) -> None:
+        """Restore the model's own `generate`. Calling it twice is harmless."""
+        self.model.__dict__.pop("generate", None)
+
+
+@wraps(GenerationMixin.generate)
+def _guarded_generate(self, inputs=None, generation_config=None, *args, **kwargs):
+    cache = kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if isinstance(cache, SentinelCache) and ids is not None:
+        config = generation_config or self.generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
+            raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
+        assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
+        cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
+    return type(self).generate(self, inputs, generation_config, *args, **kwargs)
