@@ -91,6 +91,9 @@ class Rule:
     position_ids_by_document: bool = False
 
     name = "unnamed"
+    label = "unnamed"  # for readers
+    colour, marker = "#7F7F7F", "h"  # in plots
+    card = ""  # a sentence for a model card, which may name {cl_id} and {cr_id}
     uses_sentinels = False
     num_kinds = NEVER  # what `remember` returns is below this
 
