@@ -51,9 +51,9 @@ class KVCompression(Rule):
     marker = "o"
     card = (
         "A span of text is wrapped in two new tokens, `<CL>` (id {cl_id}) and `<CR>` (id {cr_id}). `<CR>` sees its own "
-        "span; later tokens see `<CR>` and never the span again, so that the span's keys and values leave the cache and "
-        "those of `<CR>` stay. The tokenizer here has both tokens. What they do is the mask's doing, not the weights': "
-        "plain transformers takes them for words."
+        "span; later tokens see `<CR>` and never the span again, so that the span's keys and values leave the cache "
+        "and those of `<CR>` stay. The tokenizer here has both tokens. What they do is the mask's doing, not the "
+        "weights': plain transformers takes them for words."
     )
     uses_sentinels = True
     num_kinds = DROPPED + 1
