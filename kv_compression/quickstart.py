@@ -51,8 +51,8 @@ def finding(runs: dict[tuple[str, str], dict]) -> str:
     return (
         f"With {figure(100 * plain['removed_fraction'], 0)}% of the cache removed, plain KV compression has a test "
         f"perplexity of {figure(plain['perplexity'], 1)}, {against(plain, rivals)}. With --recipe best it has "
-        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; while it reads it holds {kept} keys on average, sink "
-        f"attention {sinks}; full attention, which keeps the whole cache, has {figure(full['perplexity'], 1)}."
+        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; while it reads it holds {kept} keys on average, "
+        f"sink attention {sinks}; full attention, which keeps the whole cache, has {figure(full['perplexity'], 1)}."
     )
 
 
