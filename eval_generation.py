@@ -12,10 +12,11 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from kv_compression import fields, ownership, records, strict_json
-from kv_compression.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
-from kv_compression.records import is_scorable, scores_path
-from kv_compression.results import figure, write_json, write_text
+from kv_compression.generation import records
+from kv_compression.generation.records import is_scorable, scores_path
+from kv_compression.io import fields, ownership, strict_json
+from kv_compression.io.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
+from kv_compression.io.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 SHOWN: fields.Fields = {  # what the table needs of a scores.json, besides the scores
@@ -68,7 +69,8 @@ def main() -> None:
     flags = parse()
     named = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
-    from kv_compression import presets, processes
+    from kv_compression import settings as run_settings
+    from kv_compression.io import processes
 
     state = processes.state()
     processes.load_whole_models()
@@ -83,7 +85,7 @@ def main() -> None:
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
-                scorers[models] = processes.one_first(presets.load_scorers, models)
+                scorers[models] = processes.one_first(run_settings.load_scorers, models)
             scores = score(path, about, made_from, scorers[models])
             processes.on_main(write_json, scores_path(path), scores)
         scored[path] = scores
@@ -108,11 +110,11 @@ def check_outputs(missing: list[Path], csv_path: Path) -> None:
 
 def look_up(path: Path, flags) -> tuple:
     """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
-    from kv_compression import presets
+    from kv_compression import settings as run_settings
 
     about = records.read_about(path) or {}
     named = (flags.bertscore_model, flags.fluency_model, flags.bertscore_layer)
-    models = presets.scorers(about.get("preset", "embedded"), *named)
+    models = run_settings.scorers(about.get("preset", "embedded"), *named)
     digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
     made_from = {"file_sha256": digest} | models.record()
     scores = None if flags.overwrite else read_scores(scores_path(path))
@@ -135,7 +137,8 @@ def read_scores(path: Path) -> dict | None:
 
 def score(path: Path, about: dict, made_from: dict, scorers: tuple) -> dict:
     """Everything that scores.json holds of one generation file; processes share its documents."""
-    from kv_compression import processes, scoring
+    from kv_compression.generation import scoring
+    from kv_compression.io import processes
 
     lines, problems = processes.on_main(records.read, path)
     scores = scoring.score_records(lines, *scorers)
@@ -200,7 +203,7 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
     Where a method has several files at a ratio (seeds, protocols, variants), its file is named. So few documents that
     no p-value could be small are not compared.
     """
-    from kv_compression.scoring import FEWEST_DOCUMENTS, least_p_value, paired_p_value
+    from kv_compression.generation.scoring import FEWEST_DOCUMENTS, least_p_value, paired_p_value
 
     lines, too_few, names = [], 0, names_of(scored)
     for (path, one), (other_path, other) in itertools.combinations(scored.items(), 2):

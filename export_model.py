@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from kv_compression import results
-from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression.io import results
+from kv_compression.io.errors import Parser, UsageError, quiet_libraries, run_script
 
 
 def parse() -> argparse.Namespace:
@@ -31,7 +31,8 @@ def main() -> None:
     flags = parse()
     results.results_of_run(flags.model_dir)  # before the seconds that the imports take
     quiet_libraries()
-    from kv_compression import export, hub, model_card
+    from kv_compression.io import hub
+    from kv_compression.sharing import export, model_card
 
     output = Path(flags.output_dir)
     repository = None if flags.push_to_hub is None else hub.destination(flags.push_to_hub, output)

@@ -9,8 +9,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from kv_compression.errors import Parser, UsageError, is_main_process, quiet_libraries, ratio, run_script
-from kv_compression.results import results_of_run
+from kv_compression.data import embedded, reading
+from kv_compression.io.errors import Parser, UsageError, is_main_process, quiet_libraries, ratio, run_script
+from kv_compression.io.results import results_of_run
 from run_clm import METHODS
 
 
@@ -54,15 +55,15 @@ def parse() -> argparse.Namespace:
 
 def pick(flags: argparse.Namespace, preset: str) -> list:
     """The documents to continue."""
-    from kv_compression import data, generation, presets
+    from kv_compression.generation import sampling
 
     if flags.docs_file:
-        texts = data.read_texts(flags.docs_file, "docs_file")
+        texts = reading.read_texts(flags.docs_file, "docs_file")
     elif preset == "embedded":
-        texts = presets.embedded_text()["test"]["text"]
+        texts = embedded.embedded_text()["test"]["text"]
     else:
-        texts = data.stream_c4(flags.seed)
-    return generation.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
+        texts = reading.stream_c4(flags.seed)
+    return sampling.pick(texts, flags.num_documents, flags.prefix_words, flags.continuation_words)
 
 
 def main() -> None:
@@ -73,17 +74,21 @@ def main() -> None:
     quiet_libraries()
     from tqdm.auto import tqdm
 
-    from kv_compression import experiment, generation, information, presets, processes, records
-    from kv_compression.attention import compressed_attention
-    from kv_compression.sentinels import CL_TOKEN, CR_TOKEN, unended
-    from kv_compression.visibility import METHODS
-    from kv_compression.whole_files import file_name
+    from kv_compression import settings as run_settings
+    from kv_compression.generation import records, sampling
+    from kv_compression.io import processes
+    from kv_compression.io.whole_files import file_name
+    from kv_compression.methods import METHODS
+    from kv_compression.model.attention import compressed_attention
+    from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
+    from kv_compression.spans import self_information as information
+    from kv_compression.training import run as training_run
 
     state = processes.state()
     processes.load_whole_models()
     precision = flags.mixed_precision
-    precision = ("bf16" if presets.has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, trained = processes.one_first(experiment.load_run, flags.model_dir, precision)
+    precision = ("bf16" if run_settings.has_bf16() else "no") if precision == "auto" else precision
+    tokenizer, model, trained = processes.one_first(training_run.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
     # Full attention has no ratio: that of the run is not meant.
     asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
@@ -94,10 +99,10 @@ def main() -> None:
         raise UsageError(f"{flags.model_dir} was trained with {trained.method}: it has no sentinels to compress with")
     options = {"method": method.name, "bound_ratio": asked, "max_span_length": longest, "seed": flags.seed}
     if method.name != trained.method:
-        options |= {name: getattr(presets.Settings, name) for name in presets.OF_KV_COMPRESSION}
+        options |= {name: getattr(run_settings.Settings, name) for name in run_settings.OF_KV_COMPRESSION}
     settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
     settings.check(in_blocks=False)
-    sampler = generation.Sampler(
+    sampler = sampling.Sampler(
         flags.continuation_words,
         flags.num_continuations,
         flags.top_p,
@@ -128,30 +133,30 @@ def main() -> None:
         "results_sha256": hashlib.sha256((Path(flags.model_dir) / "results.json").read_bytes()).hexdigest(),
         "batch_size": flags.batch_size,
         "mixed_precision": precision,
-        "documents_sha256": generation.documents_digest(documents),
+        "documents_sha256": sampling.documents_digest(documents),
         "prefix_words": flags.prefix_words,
         **asdict(sampler),
         **({"documents_asked": flags.num_documents} if few else {}),
     }
     path = Path(flags.output_file or Path(flags.model_dir) / "generation.jsonl")
 
-    def read_prefixes(documents: list[generation.Document]) -> list[list[int]]:
+    def read_prefixes(documents: list[sampling.Document]) -> list[list[int]]:
         inform = None
         if plan.compress and plan.sampler == "self_information":
-            inform = information.informant(experiment.load_model(settings)[1].to(state.device))
+            inform = information.informant(training_run.load_model(settings)[1].to(state.device))
         how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
-        return [generation.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
+        return [sampling.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
     prefixes = processes.divided(read_prefixes, documents)
     done = processes.on_main(records.continue_file, path, about, flags.overwrite)
 
-    def sample(batches: list[list[generation.Document]]) -> list[list[dict]]:
+    def sample(batches: list[list[sampling.Document]]) -> list[list[dict]]:
         sampled = []
         for batch in batches:
             # A batch is always sampled whole: rounding, and so a sample, may depend on who shares a batch.
             rows = [prefixes[document.index] for document in batch]
-            sampled.append(list(generation.continue_documents(model, tokenizer, batch, rows, rule, plan, sampler)))
+            sampled.append(list(sampling.continue_documents(model, tokenizer, batch, rows, rule, plan, sampler)))
         return sampled
 
     model = model.to(state.device)

@@ -52,11 +52,11 @@ echo "Scoring the continuations"
 {
     echo "Claim 1: test perplexity after fine-tuning"
     # shellcheck disable=SC2086
-    PYTHONPATH="$here" "$python" -m kv_compression.results $folders &&
+    PYTHONPATH="$here" "$python" -m kv_compression.io.results $folders &&
         printf '\nClaim 2: continuations of held-out documents\n' &&
         "$python" "$here/eval_generation.py" $files --csv "$results/scores.csv" &&
         echo &&
-        PYTHONPATH="$here" "$python" -m kv_compression.quickstart $folders
+        PYTHONPATH="$here" "$python" -m kv_compression.reporting.quickstart $folders
 } >"$summary.partial" || stop $?
 mv "$summary.partial" "$summary"
 echo

@@ -6,7 +6,7 @@ Parses flags, calls `kv_compression.report`, prints where the report is.
 import sys
 from pathlib import Path
 
-from kv_compression.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression.io.errors import Parser, UsageError, quiet_libraries, run_script
 
 
 def parse(argv: list[str] | None = None):
@@ -23,15 +23,15 @@ def main() -> None:
     """Collect, compare, write."""
     flags = parse()
     quiet_libraries()
-    from kv_compression import measured, report
+    from kv_compression.reporting import collecting, writing
 
     folder = Path(flags.folder)
     if folder.is_file():
         if folder.suffix != ".json":
             raise UsageError(f"{folder} is a file: name the folder where results lie, at any depth")
         folder = folder.parent
-    found = measured.collect(folder)
-    path = report.write(found, Path(flags.output_dir or folder))
+    found = collecting.collect(folder)
+    path = writing.write(found, Path(flags.output_dir or folder))
     print(f"{found.summary()}: {path}")
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from kv_compression import presets
-from kv_compression.errors import Parser, UsageError, quiet_libraries, ratio, run_script
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import Parser, UsageError, quiet_libraries, ratio, run_script
 
-METHODS = list(presets.METHOD_NAMES)
+METHODS = list(run_settings.METHOD_NAMES)
 
 
-def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, bool]:
-    """The flags that were given, by the names of `Settings`, and whether to overwrite and to resume.
+def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, str | None]:
+    """The flags that were given, by the names of `Settings`, whether to overwrite, and from where to resume.
 
     `also` are other flags that a misspelt one may have meant.
     """
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     add("--num_train_epochs", type=int, help="(3)")
     add("--max_train_steps", type=int, help="optimizer steps, overrides the epochs (embedded: 16)")
     add("--num_warmup_steps", type=int, help="(0)")
-    add("--lr_scheduler_type", choices=presets.LR_SCHEDULERS, help="(linear)")
+    add("--lr_scheduler_type", choices=run_settings.LR_SCHEDULERS, help="(linear)")
     add("--max_eval_blocks", type=int, help="score only the first blocks of a split (all; embedded: 24)")
     add("--r", type=int, help="LoRA's rank (16)")
     add("--lora_target_modules", nargs="+", help="modules that LoRA adapts (the attention projections)")
@@ -74,14 +74,20 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     add("--output_dir", help="(output/<preset>/<method>_<ratio>)")
     add("--checkpointing_steps", help="optimizer steps between checkpoints, minutes with an m, or epoch (10m)")
     add("--checkpoints_to_keep", type=int, help="(2)")
-    add("--resume_from_checkpoint", nargs="?", const="latest", choices=["latest"], help="go on where a run broke off")
+    add(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        metavar="FOLDER",
+        help="resume where this run, or an equal one in another folder, broke off",
+    )
     add("--overwrite", action="store_true", help="replace what the output folder holds")
     add("--push_to_hub", nargs="?", const="", metavar="REPO", help="upload the finished run (named as its folder)")
     add("--hub_private", action="store_true", default=None, help="a repository that --push_to_hub makes is private")
     flags = vars(parser.parse_args(argv, also=also))
     if flags["lora_target_modules"]:
         flags["lora_target_modules"] = tuple(flags["lora_target_modules"])
-    return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint") is not None
+    return flags, flags.pop("overwrite"), flags.pop("resume_from_checkpoint")
 
 
 def main() -> None:
@@ -96,8 +102,10 @@ def main() -> None:
             f"--method is missing: choose from {', '.join(METHODS)}, as in {example}; --help has all flags"
         )
     quiet_libraries()
-    presets.check_flags(flags)  # before the seconds that the imports take
-    from kv_compression import experiment, hub, model_card, processes, results
+    run_settings.check_flags(flags)  # before the seconds that the imports take
+    from kv_compression.io import hub, processes, results
+    from kv_compression.sharing import model_card
+    from kv_compression.training import run as training_run
 
     state = processes.state()
 
@@ -105,16 +113,18 @@ def main() -> None:
         if state.is_main_process:
             print(line, flush=True)
 
-    settings = presets.resolve(flags | {"num_processes": state.num_processes})
+    settings = run_settings.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    found = processes.on_main(experiment.finished, settings, overwrite, resume)
+    source = None if resume in (None, "latest") else training_run.other_run(resume, settings.output_dir)
+    found = processes.on_main(training_run.finished, settings, overwrite, bool(resume) and source is None)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-        processes.on_main(experiment.finish, settings, found)
+        processes.on_main(training_run.finish, settings, found)
     folder = Path(settings.output_dir)
     # Before hours of training, not behind them.
     repository = None if asked is None else processes.on_main(hub.destination, asked, folder)
-    found = found or experiment.run(settings, resume and not overwrite)
+    resumes = source is not None or (bool(resume) and not overwrite)
+    found = found or training_run.run(settings, resumes, source)
     say(results.summary(found))
     if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)

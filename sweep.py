@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import run_clm
-from kv_compression import presets
-from kv_compression.errors import Parser, RunError, UsageError, command_line, quiet_libraries, ratio, run_script
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import Parser, RunError, UsageError, command_line, quiet_libraries, ratio, run_script
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
@@ -104,12 +104,12 @@ def check(flags: argparse.Namespace, given: dict) -> None:
     if "kv_compression" in (flags.methods or run_clm.METHODS):  # which may have all options
         for ratio, protocol in itertools.product(flags.ratios or RATIOS, flags.protocols or [None]):
             of_a_run = {"method": "kv_compression", "bound_ratio": ratio, "protocol": protocol, "preset": flags.preset}
-            presets.check_flags(given | of_a_run)
+            run_settings.check_flags(given | of_a_run)
 
 
 def show(folder: Path, names: list[str]) -> None:
     """Print the table of the runs of these names that are finished, and how to get the report."""
-    from kv_compression import results
+    from kv_compression.io import results
 
     found = [run for name in names if (run := results.read_results(folder / name)) and not run.get("eval_only")]
     if found:
@@ -122,32 +122,34 @@ def main() -> None:
     flags, given = parse()
     quiet_libraries()
     check(flags, given)
-    from kv_compression import sweep
-    from kv_compression.claims import Claims
-    from kv_compression.visibility import METHODS
+    from kv_compression.methods import METHODS
+    from kv_compression.sweep import jobs as sweep_jobs
+    from kv_compression.sweep.claims import Claims
 
-    preset, _ = presets.choose_preset(flags.preset)
-    protocols = flags.protocols or [presets.PRESETS[preset].get("protocol", presets.Settings.protocol)]
+    preset, _ = run_settings.choose_preset(flags.preset)
+    protocols = flags.protocols or [run_settings.PRESETS[preset].get("protocol", run_settings.Settings.protocol)]
     name = "gradient_accumulation_steps"
-    accumulation = given.get(name, presets.PRESETS[preset].get(name, presets.Settings.gradient_accumulation_steps))
+    accumulation = given.get(
+        name, run_settings.PRESETS[preset].get(name, run_settings.Settings.gradient_accumulation_steps)
+    )
     asked_for = (flags.methods or list(METHODS), flags.ratios or RATIOS, flags.seeds or [0], protocols)
-    runs = sweep.plan(*asked_for, accumulation)
+    runs = sweep_jobs.plan(*asked_for, accumulation)
     folder = Path(os.path.abspath(flags.folder or f"output/sweep/{preset}"))
     continuations = None
     if 2 in flags.claims:
         asked = {name: value for name in OF_CLAIM_2 if (value := getattr(flags, name)) is not None}
         asked |= {"docs_file": os.path.abspath(flags.docs_file)} if flags.docs_file else {}
         precision = given.get("mixed_precision", "auto")
-        continuations = sweep.Continuations(**asked, mixed_precision=precision)
+        continuations = sweep_jobs.Continuations(**asked, mixed_precision=precision)
 
-    def settings_of(words: list[str]) -> presets.Settings:
-        return presets.resolve(run_clm.parse(words)[0])
+    def settings_of(words: list[str]) -> run_settings.Settings:
+        return run_settings.resolve(run_clm.parse(words)[0])
 
-    jobs = sweep.jobs(runs, folder, given | {"preset": preset}, settings_of, continuations)
+    jobs = sweep_jobs.jobs(runs, folder, given | {"preset": preset}, settings_of, continuations)
     claims = Claims(folder / "claims", flags.claim_timeout)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = (sweep.show if flags.dry_run else sweep.work)(jobs, claims)
+        failed = (sweep_jobs.show if flags.dry_run else sweep_jobs.work)(jobs, claims)
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

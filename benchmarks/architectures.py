@@ -29,10 +29,14 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.tiny_models import all_names, tiny_model
-from kv_compression.attention import GROUPED, compressed_attention
-from kv_compression.cache import SentinelCache
-from kv_compression.errors import RunError, one_line
-from kv_compression.visibility import KVCompression, LocalAttention, Rule, SinkAttention, TextOnly, dense_mask
+from kv_compression.io.errors import RunError, one_line
+from kv_compression.methods.full_attention import TextOnly
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.rule import Rule, dense_mask
+from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model.attention import GROUPED, compressed_attention
+from kv_compression.model.cache import SentinelCache
 
 CL, CR = 61, 62
 LENGTH = 43  # far more than the windows of 8; no size in a model equals it, so that it marks the axis of tokens

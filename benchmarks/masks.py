@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from kv_compression.methods.kv_compression import KVCompression
-from kv_compression.sentinels import insert_sentinels, position_ids
-from kv_compression.spans import exact_spans
+from kv_compression.methods.sentinels import insert_sentinels, position_ids
+from kv_compression.spans.exact import exact_spans
 
 CL, CR = 1, 2
 

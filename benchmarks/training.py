@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kv_compression.errors import quiet_libraries
+from kv_compression.io.errors import quiet_libraries
 
 quiet_libraries()
 
@@ -40,16 +40,18 @@ import transformers
 from torch._inductor.exc import InductorError
 from torch.nn.functional import cross_entropy
 
-from kv_compression import training
-from kv_compression.attention import compressed_attention
-from kv_compression.data import Blocks, SpanPlan
+from kv_compression.data.blocks import Blocks
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
+from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.presets import Settings, has_bf16
-from kv_compression.sentinels import insert_sentinels
-from kv_compression.spans import exact_spans
+from kv_compression.model import lora
+from kv_compression.model.attention import compressed_attention
+from kv_compression.settings import Settings, has_bf16
+from kv_compression.spans.exact import exact_spans
+from kv_compression.spans.plan import SpanPlan
+from kv_compression.training import loop as training_loop
 
 CL, CR = 50277, 50278
 RATIO, SPAN = 0.5, 25
@@ -129,7 +131,7 @@ def matmul_peak(dtype: torch.dtype) -> float:
 def published_step(blocks: Blocks, size: int, shape: tuple[int, int, int]):
     """A step as the published code does it, as far as its description tells."""
     model = gpt_neox("eager", torch.float32, *shape)
-    targets = list(training.ATTENTION_PROJECTIONS["gpt_neox"])
+    targets = list(lora.ATTENTION_PROJECTIONS["gpt_neox"])
     how = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "target_modules": targets}
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **how)).train()
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -160,12 +162,12 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     model = gpt_neox(settings.attn_implementation, dtype, *shape)
     sentinels = (CL, CR) if settings.method == "kv_compression" else ()
-    model = training.add_lora(model, training.lora_targets(model, None), settings.r, sentinels)
+    model = lora.add_lora(model, lora.lora_targets(model, None), settings.r, sentinels)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
-    prepared = training.prepare(model, accelerator, settings)
-    schedule = training.Schedule(settings, len(blocks), 1)
+    prepared = training_loop.prepare(model, accelerator, settings)
+    schedule = training_loop.Schedule(settings, len(blocks), 1)
     scheduler = transformers.get_scheduler("constant", prepared.optimizer)
-    data = training.StepData(blocks, schedule, 0, fixed_spans=False)
+    data = training_loop.StepData(blocks, schedule, 0, fixed_spans=False)
     prepared.token_losses.train()
     rule = KVCompression(CL, CR) if sentinels else FullAttention()
     causal_kernel = settings.method == "full_attention" and settings.attn_implementation == "sdpa"
@@ -178,7 +180,7 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
         if causal_kernel:  # torch's causal kernel takes no mask
             for micro_batch in micro_batches:
                 micro_batch.inputs.pop("attention_mask")
-        loss = training.optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, number)
+        loss = training_loop.optimizer_step(prepared, micro_batches, accelerator, scheduler, patch, settings, number)
         number += 1
         return loss
 

@@ -19,7 +19,7 @@ one. Everything else is in the modules, and may change.
 
 import importlib
 
-_WHERE = {"load": "library", "attach": "library", "compress": "library", "SentinelCache": "cache", "Budget": "cache"}
+_WHERE = {"load": "api", "attach": "api", "compress": "api", "SentinelCache": "model.cache", "Budget": "model.budget"}
 
 __all__ = list(_WHERE)
 

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from kv_compression import processes
-from kv_compression.errors import RunError, UsageError, quiet_libraries
+from kv_compression.io import processes
+from kv_compression.io.errors import RunError, UsageError, quiet_libraries
 
 quiet_libraries()
 folder, state = Path(sys.argv[1]), processes.state()

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kv_compression.errors import RunError, UsageError
+from kv_compression.io.errors import RunError, UsageError
 
 CASES = 2000
 ENDS = ("read", "refused")

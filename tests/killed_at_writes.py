@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import run_clm
-from kv_compression import experiment, ownership
-from kv_compression.errors import run_script
+from kv_compression.io import ownership
+from kv_compression.io.errors import run_script
+from kv_compression.training import run as training_run
 
 KILLED = 77
 
@@ -68,7 +69,7 @@ def main(folder: Path, every: int, flags: list[str]) -> dict:
         names = {name: (output / name).exists() for name in ("README.md", "adapter_model.safetensors")}
         found["left_behind"] += [name for name in os.listdir(output) if name == "checkpoints" or ".partial" in name]
         found["troubles"] += [[writes, name] for name, there in names.items() if not there]
-        found["troubles"] += [[writes, name] for name in ownership.others(output, but={experiment.LOCK})]
+        found["troubles"] += [[writes, name] for name in ownership.others(output, but={training_run.LOCK})]
         if status != KILLED:
             return found
 

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import run_clm
-from kv_compression import experiment  # noqa: F401 - imported here so that the processes need not
-from kv_compression.errors import run_script
+from kv_compression.io.errors import run_script
+from kv_compression.training import run as training_run  # noqa: F401 - imported here so that the processes need not
 
 
 def begin(flags: list[str]) -> int:

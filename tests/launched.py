@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from kv_compression.errors import quiet_libraries
+from kv_compression.io.errors import quiet_libraries
 
 quiet_libraries()
 

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from kv_compression.visibility import KVCompression
+from kv_compression.methods.kv_compression import KVCompression
 
 CL, CR = 1, 2
 TEXT = st.integers(3, 9)

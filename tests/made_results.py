@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kv_compression import measured, presets
+from kv_compression import settings as run_settings
+from kv_compression.reporting import collecting
 
 BASELINES = ("local_attention", "scattered_attention", "sink_attention")
 # Nats above full attention, at a ratio: so that every method has a shape of its own.
@@ -58,7 +59,7 @@ def scores(method, ratio=0.5, better=0.0, count=20, **changes) -> dict:
         "bertscore_model": "encoder",
         "bertscore_layer": 6,
         "fluency_model": "model",
-        "convention": presets.CONVENTION,
+        "convention": run_settings.CONVENTION,
         "cache_fraction": 1 - ratio,
         **{name: {"mean": value, "low": value - 0.01, "high": value + 0.01} for name, value in means.items()},
         "documents": documents,
@@ -76,13 +77,13 @@ def write(folder: Path, *contents: dict) -> Path:
     return folder
 
 
-def group_of(folder: Path, *contents: dict) -> measured.Group:
-    (group,) = measured.collect(write(folder, *contents)).groups
+def group_of(folder: Path, *contents: dict) -> collecting.Group:
+    (group,) = collecting.collect(write(folder, *contents)).groups
     return group
 
 
 def grid(
-    methods=("kv_compression", *BASELINES), ratios=measured.GRID, seeds=(0,), protocols=("matched",)
+    methods=("kv_compression", *BASELINES), ratios=collecting.GRID, seeds=(0,), protocols=("matched",)
 ) -> list[dict]:
     """A sweep; methods without sentinels run once, under the last protocol."""
     runs = [results("full_attention", 0.0, protocols[-1], seed) for seed in seeds]

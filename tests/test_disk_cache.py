@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from kv_compression import disk_cache
-from kv_compression.disk_cache import cached_tensors
-from kv_compression.tensor_files import digest
+from kv_compression.io import disk_cache
+from kv_compression.io.disk_cache import cached_tensors
+from kv_compression.io.tensor_files import digest
 
 KEY = {"model": "tiny", "tokens": "abc"}
 

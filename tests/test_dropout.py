@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kv_compression.dropout import BlockDropout, Draws, replace_dropout
+from kv_compression.model.dropout import BlockDropout, Draws, replace_dropout
 from tests.test_training import adapted
 
 P = 0.05

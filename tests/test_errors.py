@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression.errors import LONGEST, RunError, UsageError, one_line, printable
+from kv_compression.io.errors import LONGEST, RunError, UsageError, one_line, printable
 
 
 def test_text_from_anywhere_becomes_one_line():
@@ -21,7 +21,7 @@ def test_errors_take_one_line(kind):
 
 
 def test_a_terminal_that_lacks_letters_is_told_all_the_same():
-    script = "from kv_compression.errors import run_script, UsageError\n"
+    script = "from kv_compression.io.errors import run_script, UsageError\n"
     script += "def main():\n    print('0.5 ≈ \\udcff')\n    raise UsageError('no\\nfile é')\n"
     script += "raise SystemExit(run_script(main))"
     done = subprocess.run(

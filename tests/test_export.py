@@ -1,6 +1,7 @@
 """Merged models: as good as the run, without peft."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import transformers
 
 import export_model
 import kv_compression as kvc
-from kv_compression import experiment, export
-from kv_compression.attention import compressed_attention
-from kv_compression.errors import RunError, UsageError, run_script
-from kv_compression.sentinels import insert_sentinels
+from kv_compression.io.errors import RunError, UsageError, run_script
+from kv_compression.methods.sentinels import insert_sentinels
+from kv_compression.model.attention import compressed_attention
+from kv_compression.sharing import export
+from kv_compression.training import run as training_run
 from tests.runs import KV, make_run, write_tied_model
 
 
@@ -40,7 +42,7 @@ def test_plain_transformers_and_one_line_give_the_logits_of_the_run(run, tmp_pat
     implementation = "grouped" if precision == "bf16" else None  # in bf16 others round to other values
     model = transformers.AutoModelForCausalLM.from_pretrained(output, attn_implementation=implementation)
     assert str(model.dtype) == f"torch.{kept}"
-    _, expected, _ = experiment.load_run(run, "bf16" if precision == "bf16" else "no")
+    _, expected, _ = training_run.load_run(run, "bf16" if precision == "bf16" else "no")
     with kvc.attach(model, output) as patch, compressed_attention(expected, rule=patch.rule), torch.no_grad():
         ids = tokenizer(" the cat sees the old dog near a red house in one garden")["input_ids"]
         if patch.rule.uses_sentinels:
@@ -91,6 +93,20 @@ def test_bad_folders_take_one_line(run, tmp_path):
     with pytest.raises(UsageError, match="not the output folder of a finished run"):
         export.export(str(tmp_path / "mine"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "file", "mine"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_an_export_has_the_permissions_that_the_umask_leaves(run, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        export.export(run, tmp_path / "whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o777 & ~umask
+    files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "whole").iterdir()}
+    assert "model.safetensors" in files
+    assert ".kv_compression_files.jsonl" not in files
+    assert set(files.values()) == {0o666 & ~umask}
 
 
 def test_what_is_broken_off_leaves_nothing(run, tmp_path, monkeypatch):

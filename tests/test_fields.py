@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from kv_compression import fields
+from kv_compression.io import fields
 
 
 @pytest.mark.parametrize("value", [True, "1", None, [], math.nan, math.inf, 10**400, 1.7e308])

@@ -8,10 +8,10 @@ import torch
 import transformers
 
 import kv_compression as kvc
-from kv_compression import library
-from kv_compression.attention import compressed_attention
-from kv_compression.cache import SentinelCache
-from kv_compression.visibility import SinkAttention
+from kv_compression import api
+from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model.attention import compressed_attention
+from kv_compression.model.cache import SentinelCache
 from tests.conftest import sentences
 from tests.models import random_model
 
@@ -45,7 +45,7 @@ def tokens_of(tokenizer, text: str) -> torch.Tensor:
 
 
 def marked(tokenizer, rule, text: str) -> list[int]:
-    return library.mark(tokenizer(text)["input_ids"], rule, 0.5, 25, 0)
+    return api.mark(tokenizer(text)["input_ids"], rule, 0.5, 25, 0)
 
 
 def without_a_cache(model, rule, ids: list[int], **how) -> torch.Tensor:

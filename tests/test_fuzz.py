@@ -17,22 +17,26 @@ import torch
 import transformers
 
 import eval_generation
-from kv_compression import data, disk_cache, experiment, generation, measured, plots, presets, records, report, results
-from kv_compression.attention import compressed_attention
-from kv_compression.cache import SentinelCache
-from kv_compression.checkpoints import Checkpoints
-from kv_compression.errors import UsageError
-from kv_compression.perplexity import Evaluation
-from kv_compression.scoring import score_records
-from kv_compression.tensor_files import read_tensors, write_tensors
-from kv_compression.training import capture, restore
-from kv_compression.visibility import (
-    FullAttention,
-    KVCompression,
-    LocalAttention,
-    ScatteredAttention,
-    SinkAttention,
-)
+from kv_compression import settings as run_settings
+from kv_compression.data import blocks as data_blocks
+from kv_compression.data import reading
+from kv_compression.generation import records, sampling
+from kv_compression.generation.scoring import score_records
+from kv_compression.io import disk_cache, results
+from kv_compression.io.errors import UsageError
+from kv_compression.io.tensor_files import read_tensors, write_tensors
+from kv_compression.methods.full_attention import FullAttention
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.scattered_attention import ScatteredAttention
+from kv_compression.methods.sink_attention import SinkAttention
+from kv_compression.model.attention import compressed_attention
+from kv_compression.model.cache import SentinelCache
+from kv_compression.reporting import collecting, plotting, writing
+from kv_compression.training import run as training_run
+from kv_compression.training.checkpoints import Checkpoints
+from kv_compression.training.evaluation import Evaluation
+from kv_compression.training.loop import capture, restore
 from tests import fuzzing, test_report
 from tests.fuzzing import altered, damaged, damaged_json, fuzz
 from tests.models import random_model
@@ -44,7 +48,7 @@ CL, CR = 62, 63
 def quick(monkeypatch):
     """What takes its time and is not what is tried here."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr("kv_compression.scoring.RESAMPLES", 20)
+    monkeypatch.setattr("kv_compression.generation.scoring.RESAMPLES", 20)
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +90,17 @@ def text_file(draw, suffix: str) -> bytes:
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl"])
 def test_text_files(suffix, tmp_path, tokenizer, monkeypatch):
     path = tmp_path / f"text{suffix}"
-    monkeypatch.setattr(data, "cached_tensors", lambda kind, key, compute: compute())
+    monkeypatch.setattr(data_blocks, "cached_tensors", lambda kind, key, compute: compute())
 
     def use(content: bytes) -> None:
         path.write_bytes(content)
-        texts = data.read_texts(str(path), "train_file")
-        assert len(data.document_numbers(texts)) == len(texts) > 0
-        encoded = data._tokenize_batch({"text": texts}, list(range(len(texts))), tokenizer, "train", None, "token")
+        texts = reading.read_texts(str(path), "train_file")
+        assert len(data_blocks.document_numbers(texts)) == len(texts) > 0
+        encoded = data_blocks._tokenize_batch(
+            {"text": texts}, list(range(len(texts))), tokenizer, "train", None, "token"
+        )
         assert len(encoded["input_ids"]) == len(texts)
-        generation.documents_digest(generation.pick(texts, 2, 2, 2))
+        sampling.documents_digest(sampling.pick(texts, 2, 2, 2))
 
     fuzz(f"text files, {suffix}", lambda draw: text_file(draw, suffix), use)
 
@@ -118,7 +124,7 @@ ABOUT = {
     "top_p": 0.9,
     "continuations": 2,
 }
-MADE_FROM = {"file_sha256": "0"} | presets.ScorerModels("encoder", 6, "model").record()
+MADE_FROM = {"file_sha256": "0"} | run_settings.ScorerModels("encoder", 6, "model").record()
 
 
 def bert(references, texts):
@@ -132,7 +138,7 @@ def fluency(texts):
 def use_generation(path: Path) -> None:
     """What eval_generation.py and generate_c4.py do with a generation file, but for the models."""
     about = records.read_about(path) or {}
-    models = presets.scorers(about.get("preset", "embedded"), None, None)
+    models = run_settings.scorers(about.get("preset", "embedded"), None, None)
     assert models.bertscore
     records.continue_file(path, about, overwrite=False)
     found = eval_generation.score(path, about, MADE_FROM, (bert, fluency))
@@ -193,7 +199,7 @@ def test_what_is_told_about_a_generation_file(tmp_path):
     fuzz("generation.about.json", lambda draw: damaged_json(draw, ABOUT), use)
 
 
-SETTINGS = presets.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5})
+SETTINGS = run_settings.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5})
 EVALUATION = Evaluation(20.0, 3.0, 3.0, 3.1, 100, 4, 0.5, 0.6, 64.0, 128, 1.5)
 RESULTS = test_report.results() | {
     "settings": SETTINGS.identity(),
@@ -213,7 +219,7 @@ OTHERS = [
 
 def write_report(folder: Path, out: Path) -> None:
     """All of report.py; nothing in the files may break a line or a table of what it writes."""
-    path = report.write(measured.collect(folder), out)
+    path = writing.write(collecting.collect(folder), out)
     columns = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         assert line.isprintable(), line
@@ -233,9 +239,9 @@ def undrawn(monkeypatch):
 
     def draw(path, panels, note="", share_y=False):
         assert all(label.isprintable() for panel in panels for label in [curve.label for curve in panel.curves])
-        list(map(plots._drawable, panels))
+        list(map(plotting._drawable, panels))
 
-    monkeypatch.setattr(plots, "draw", draw)
+    monkeypatch.setattr(plotting, "draw", draw)
 
 
 def test_results(tmp_path, undrawn):
@@ -249,10 +255,10 @@ def test_results(tmp_path, undrawn):
         found = results.read_results(folder)
         assert results.summary(found).isprintable()
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
-        experiment._differences(found["settings"], SETTINGS.identity())
-        settings = experiment.recorded_settings(found, "x")
+        training_run._differences(found["settings"], SETTINGS.identity())
+        settings = training_run.recorded_settings(found, "x")
         settings.rule(CL, CR)
-        assert settings.method in experiment.METHODS
+        assert settings.method in training_run.METHODS
 
     fuzz("results.json", lambda draw: damaged_json(draw, RESULTS), use)
 
@@ -275,7 +281,7 @@ def test_scores(tmp_path, undrawn):
 def test_scores_before_fine_tuning(tmp_path):
     def use(content: bytes) -> None:
         (tmp_path / "untrained.json").write_bytes(content)
-        found = experiment.read_untrained(tmp_path)
+        found = training_run.read_untrained(tmp_path)
         if found is None:  # scored again
             raise UsageError("no scores")
         assert results.summary(RESULTS | found | {"untrained": found}).isprintable()

@@ -10,8 +10,8 @@ import pytest
 
 import export_model
 import run_clm
-from kv_compression import hub
-from kv_compression.errors import RunError, UsageError
+from kv_compression.io import hub
+from kv_compression.io.errors import RunError, UsageError
 from tests.runs import KV, call_script, make_run, write_texts
 
 SHARED = {"README.md", "results.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}

@@ -5,10 +5,11 @@ import types
 import pytest
 import torch
 
-from kv_compression import information, presets
-from kv_compression.attention import GROUPED
-from kv_compression.errors import UsageError
-from kv_compression.information import cached_self_information, self_information, unit_starts
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import UsageError
+from kv_compression.model.attention import GROUPED
+from kv_compression.spans import self_information as information
+from kv_compression.spans.self_information import cached_self_information, self_information, unit_starts
 from tests.models import random_model
 
 
@@ -245,13 +246,13 @@ def test_an_installed_model_is_found_or_named(monkeypatch, installed, named, fou
     assert information.find_spacy_model("phrase", named) == found
     assert information.find_spacy_model("token") is None
     asked = {"protocol": "matched", "span_sampler": "self_information", "preset": "embedded", "bound_ratio": 0.5}
-    settings = presets.resolve(asked | {"span_unit": "phrase", "spacy_model": named})
+    settings = run_settings.resolve(asked | {"span_unit": "phrase", "spacy_model": named})
     assert settings.spacy_model == settings.identity()["spacy_model"] == found
-    assert presets.resolve(asked).spacy_model is None
+    assert run_settings.resolve(asked).spacy_model is None
     with pytest.raises(UsageError, match="--spacy_model needs --span_unit"):
-        presets.resolve(asked | {"spacy_model": found})
+        run_settings.resolve(asked | {"spacy_model": found})
     with pytest.raises(UsageError, match="its model fr_core_news_sm .fr_core_news_sm is not installed"):
-        presets.resolve(asked | {"span_unit": "phrase", "spacy_model": "fr_core_news_sm"})
+        run_settings.resolve(asked | {"span_unit": "phrase", "spacy_model": "fr_core_news_sm"})
 
 
 @pytest.fixture

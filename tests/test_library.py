@@ -14,13 +14,16 @@ import torch
 import transformers
 
 import kv_compression as kvc
-from kv_compression import experiment, library, presets
-from kv_compression.attention import compressed_attention
-from kv_compression.errors import RunError, UsageError
-from kv_compression.export import export
-from kv_compression.generation import prefill
-from kv_compression.sentinels import insert_sentinels
-from kv_compression.visibility import KVCompression, LocalAttention
+from kv_compression import api
+from kv_compression.data import embedded
+from kv_compression.generation.sampling import prefill
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.sentinels import insert_sentinels
+from kv_compression.model.attention import compressed_attention
+from kv_compression.sharing.export import export
+from kv_compression.training import run as training_run
 from tests.conftest import sentences
 from tests.runs import KV, make_run, write_tied_model
 
@@ -81,8 +84,8 @@ def logits_of(model, ids: list[int]) -> torch.Tensor:
 
 def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
-    _, model, settings = experiment.load_run(folder, "no")
-    sentinels = experiment.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
+    _, model, settings = training_run.load_run(folder, "no")
+    sentinels = training_run.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
     with compressed_attention(model, rule=settings.rule(**sentinels)):
         return logits_of(model, ids)
 
@@ -152,7 +155,7 @@ def test_generation_goes_on_from_a_compressed_text_as_if_it_were_read_again(runs
     again = kvc.SentinelCache.load(tmp_path / "prefix.safetensors")
     assert model.generate(**again.followed_by(question), **settings).tolist() == first.tolist()
 
-    ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, 25, 0)
+    ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, 25, 0)
     whole, new = torch.tensor([ids + question[0].tolist()]), []
     for _ in range(12):
         with torch.no_grad():
@@ -210,7 +213,7 @@ def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
         assert patch.rule == KVCompression(tokens, tokens + 1, **options)
         assert model.get_input_embeddings().weight.shape[0] == tokens + 2
         cache = kvc.compress(model, tokenizer, TEXT, 0.5)
-        ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+        ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
         with torch.no_grad():
             expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
             found = prefill(model, torch.tensor([[7]]), cache)[0]
@@ -223,7 +226,7 @@ def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):
     shutil.copytree(runs("options"), stand_in.root / "models/someone/run")
     model = transformers.AutoModelForCausalLM.from_pretrained(bases["options"])
     with kvc.attach(model, "someone/run", revision="main") as patch:
-        assert patch.rule == library.rule_of(library.results_of(runs("options")))
+        assert patch.rule == api.rule_of(api.results_of(runs("options")))
     with pytest.raises(RunError, match=r"there is no results\.json of someone/else on the Hugging Face hub"):
         kvc.attach(model, "someone/else")
     with pytest.raises(RunError, match="someone/run"):
@@ -276,7 +279,7 @@ def test_bad_requests_take_one_line_and_change_nothing(runs, bases, tmp_path):
     + [{"method": "magic"}, {"settings": []}, {"settings": {"sink_tokens": "three"}}, {"bound_ratio": 7}],
 )
 def test_damaged_results_are_told(runs, bases, tmp_path, change):
-    results = library.results_of(runs("kv")) | change
+    results = api.results_of(runs("kv")) | change
     (tmp_path / "results.json").write_text(json.dumps(results))
     model = transformers.AutoModelForCausalLM.from_pretrained(bases["kv"])
     with pytest.raises(RunError, match=r"results\.json.* is damaged"):
@@ -298,7 +301,7 @@ def test_attaching_again_to_a_fresh_model_sets_its_rows_again(tiny_model):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
         with kvc.attach(model, tokenizer) as patch:
-            ids = library.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+            ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
             found.append(logits_of(model, ids))
         with kvc.attach(model, tokenizer):
             assert torch.equal(logits_of(model, ids), found[-1])
@@ -355,7 +358,7 @@ def test_a_run_on_the_hub_is_loaded_by_its_name(runs, stand_in):
 
 def test_a_base_model_that_is_out_of_reach_takes_one_line(runs, stand_in, tmp_path):
     folder = shutil.copytree(runs("kv"), tmp_path / "run")
-    results = library.results_of(runs("kv")) | {"model": "someone/base"}
+    results = api.results_of(runs("kv")) | {"model": "someone/base"}
     results["settings"] = results["settings"] | {"model_name_or_path": "someone/base"}
     (folder / "results.json").write_text(json.dumps(results))
     with pytest.raises(RunError, match="the model someone/base could not be reached .*: use an export of the run"):
@@ -378,7 +381,7 @@ def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, 
     home = tmp_path / "cache" / "kv_compression"
     home.mkdir(parents=True)
     shutil.copytree(
-        tiny_model, home / f"{presets.GGUF_PACKAGE}-{presets.GGUF_VERSION}"
+        tiny_model, home / f"{embedded.GGUF_PACKAGE}-{embedded.GGUF_VERSION}"
     )  # in the embedded model's place
     flags = [flag if flag != tiny_model else "embedded" for flag in tiny_run]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -386,7 +389,7 @@ def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, 
     command = [sys.executable, ROOT / "run_clm.py", *flags, "--max_train_steps", "1", "--output_dir", folder]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     adapter = json.loads((folder / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == presets.EMBEDDED_BASE
+    assert adapter["base_model_name_or_path"] == embedded.EMBEDDED_BASE
 
     tokens = len(transformers.AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"])
     kept = tokens - round(0.9 * tokens)

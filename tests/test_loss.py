@@ -4,9 +4,9 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, kl_div
 
-from kv_compression import loss
-from kv_compression.loss import TokenLosses
-from kv_compression.training import add_lora, lora_targets
+from kv_compression.model import loss
+from kv_compression.model.lora import add_lora, lora_targets
+from kv_compression.model.loss import TokenLosses
 from tests.models import CONFIGS, random_model
 
 IDS = torch.randint(3, 60, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from kv_compression import experiment, model_card, presets
-from kv_compression.errors import RunError
+from kv_compression.data import embedded
+from kv_compression.io.errors import RunError
+from kv_compression.sharing import model_card
+from kv_compression.training import run as training_run
 from tests.runs import KV, make_run
 
 REDPAJAMA = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
@@ -94,11 +96,11 @@ def test_the_embedded_model_is_named_as_others_know_it(results, run, monkeypatch
     assert "AutoModelForCausalLM.from_pretrained(embedded_model())" in card.text
 
     base = results_of(run)["model"]
-    monkeypatch.setattr(presets, "embedded_model", lambda: base)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: base)
     folder = make_run(tmp_path / "run", "embedded", **KV)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert experiment.load_run(folder, "no")[2].model_name_or_path == "embedded"
+    assert training_run.load_run(folder, "no")[2].model_name_or_path == "embedded"
 
 
 def results_of(run: Path) -> dict:

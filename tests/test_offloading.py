@@ -6,11 +6,11 @@ import torch
 import transformers
 
 import kv_compression as kvc
-from kv_compression import generation
-from kv_compression.cache import input_device
-from kv_compression.data import SpanPlan
-from kv_compression.information import self_information
-from kv_compression.loss import TokenLosses
+from kv_compression.generation import sampling
+from kv_compression.model.loss import TokenLosses
+from kv_compression.model.parts import input_device
+from kv_compression.spans.plan import SpanPlan
+from kv_compression.spans.self_information import self_information
 from tests.conftest import sentences
 
 TEXT = sentences(1, seed=9)[0]
@@ -69,14 +69,14 @@ def test_losses_and_information_are_those_of_the_model_in_memory(tiny_model, tmp
 
 
 def test_documents_are_continued(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "TOKENS_PER_WORD", 100)
+    monkeypatch.setattr(sampling, "TOKENS_PER_WORD", 100)
     tokenizer, models, patches = pair(tiny_model)
     WAYS["cpu"](models[1], tmp_path)
-    documents = generation.pick(sentences(2, seed=5), 2, 20, 5)
-    plan, sampler = SpanPlan(True, 0.5, 10, 0), generation.Sampler(words=3, continuations=2)
+    documents = sampling.pick(sentences(2, seed=5), 2, 20, 5)
+    plan, sampler = SpanPlan(True, 0.5, 10, 0), sampling.Sampler(words=3, continuations=2)
     texts = []
     for model, patch in zip(models, patches):
-        rows = [generation.prefix_ids(document, tokenizer, patch.rule, plan, "matched") for document in documents]
-        found = generation.continue_documents(model, tokenizer, documents, rows, patch.rule, plan, sampler)
+        rows = [sampling.prefix_ids(document, tokenizer, patch.rule, plan, "matched") for document in documents]
+        found = sampling.continue_documents(model, tokenizer, documents, rows, patch.rule, plan, sampler)
         texts.append([record["continuations"] for record in found])
     assert texts[0] == texts[1]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from kv_compression import ownership
-from kv_compression.errors import UsageError
+from kv_compression.io import ownership
+from kv_compression.io.errors import UsageError
 
 
 def lines(folder) -> list[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kv_compression import model_card
+from kv_compression.sharing import model_card
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

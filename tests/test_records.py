@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from kv_compression import records
-from kv_compression.errors import RunError, UsageError
+from kv_compression.generation import records
+from kv_compression.io.errors import RunError, UsageError
 
 RECORD = {"index": 0, "continuations": ["a"], "prefix_tokens": 4, "cache_length": 2}
 ABOUT = {"method": "kv_compression", "seed": 0}

@@ -13,22 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kv_compression import measured, ownership, published, report, verdicts
-from kv_compression.errors import UsageError
+from kv_compression.io import ownership
+from kv_compression.io.errors import UsageError
+from kv_compression.reporting import collecting, comparing, published, writing
 from tests.made_results import grid, group_of, results, scores, write
 
 ROOT = Path(__file__).parent.parent
 
 
 def text_of(folder: Path, *contents: dict) -> str:
-    return "\n".join(report.build(measured.collect(write(folder, *contents))).lines)
+    return "\n".join(writing.build(collecting.collect(write(folder, *contents))).lines)
 
 
 def test_runs_are_grouped_by_what_must_be_equal(tmp_path):
     same = [results(), results("local_attention"), results(seed=1), results(protocol="paper"), results(sink_tokens=4)]
     same += [results(ratio=0.1, attn_implementation="eager", fixed_spans=False, recipe="best")]
     other = [results(learning_rate=1.0), results("full_attention", 0.0, learning_rate=1.0)]
-    groups = measured.collect(write(tmp_path, *same, *other)).groups
+    groups = collecting.collect(write(tmp_path, *same, *other)).groups
     assert [len(group.runs) for group in groups] == [6, 2]
     assert groups[1].settings["learning_rate"] == 1.0
     text = text_of(tmp_path)
@@ -44,7 +45,7 @@ def test_old_files_lack_what_was_not_recorded_yet(tmp_path):
     new = results(sink_tokens=0, cr_tokens=1, cr_visibility="span", distill_weight=0.0, max_eval_blocks=None)
     group = group_of(tmp_path, old, new)
     assert [run.variant for run in group.runs] == ["", ""]
-    row = next(row for row in verdicts.describe(group, "matched") if row["method"] == "local_attention")
+    row = next(row for row in comparing.describe(group, "matched") if row["method"] == "local_attention")
     assert row["perplexity"] == pytest.approx(old["perplexity"])
     assert row["kept_keys_mean"] is None
     assert "| local attention | 0.5 | 1 | 0.500 | - | - | - |" in text_of(tmp_path)
@@ -52,13 +53,13 @@ def test_old_files_lack_what_was_not_recorded_yet(tmp_path):
 
 def test_methods_without_sentinels_serve_both_protocols(tmp_path):
     group = group_of(tmp_path, results(protocol="paper"), results("local_attention"), results("full_attention", 0.0))
-    found = {point.method: point for point in measured.points(group, "paper")}
+    found = {point.method: point for point in collecting.points(group, "paper")}
     assert found.keys() == {"kv_compression", "local_attention", "full_attention"}
     assert found["local_attention"].nlls[0] == group.runs[1].content["nll_per_batch"]
-    assert not measured.select(measured.points(group, "matched"), "kv_compression")
+    assert not collecting.select(collecting.points(group, "matched"), "kv_compression")
     own = results("local_attention", protocol="paper", nll=1.0)
     group = group_of(tmp_path, results(protocol="paper"), results("local_attention"), own)
-    assert measured.select(measured.points(group, "paper"), "local_attention")[0.5].nlls[0] == pytest.approx(1.001)
+    assert collecting.select(collecting.points(group, "paper"), "local_attention")[0.5].nlls[0] == pytest.approx(1.001)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,14 @@ def test_methods_without_sentinels_serve_both_protocols(tmp_path):
     ],
 )
 def test_a_variant_is_named_by_what_is_not_plain(settings, variant):
-    assert measured.variant_of(results(**settings)) == variant
+    assert collecting.variant_of(results(**settings)) == variant
 
 
 def test_settings_of_spans_make_no_variant_of_a_method_without_them():
-    assert measured.variant_of(results("local_attention", max_span_length=8, fixed_spans=True)) == ""
-    assert measured.variant_of(results("sink_attention", sink_tokens=4)) == ""
-    assert measured.variant_of(results("sink_attention", sink_tokens=1)) == "sinks 1"
-    assert measured.variant_of(results(protocol="paper", fixed_spans=True)) == ""
+    assert collecting.variant_of(results("local_attention", max_span_length=8, fixed_spans=True)) == ""
+    assert collecting.variant_of(results("sink_attention", sink_tokens=4)) == ""
+    assert collecting.variant_of(results("sink_attention", sink_tokens=1)) == "sinks 1"
+    assert collecting.variant_of(results(protocol="paper", fixed_spans=True)) == ""
 
 
 FOR_ALL_METHODS = [{"isolate_documents": True}, {"position_ids_by_document": True}, {"distill_weight": 0.5}]
@@ -92,11 +93,11 @@ def test_a_sweep_with_a_flag_for_all_methods_is_judged_by_itself(tmp_path, flags
     plain = grid(("kv_compression", "local_attention"), seeds=(0,), protocols=("paper", "matched"))
     other = [run | {"nll_per_token": run["nll_per_token"] + 1, "settings": run["settings"] | flags} for run in plain]
     alone = group_of(tmp_path / "alone", *other)
-    assert {point.variant for point in measured.points(alone, "matched")} == {""}
-    assert [row["verdict"] for row in verdicts.judge_claim_1(alone, "matched")] == ["holds"] * 9
-    assert verdicts.judge_kept_keys(alone, "matched")
-    assert not any(line.startswith(("KV", "local")) for line in verdicts.missing(alone))
-    both = measured.collect(write(tmp_path / "both", *other, *plain, results(sink_tokens=4, **flags)))
+    assert {point.variant for point in collecting.points(alone, "matched")} == {""}
+    assert [row["verdict"] for row in comparing.judge_claim_1(alone, "matched")] == ["holds"] * 9
+    assert comparing.judge_kept_keys(alone, "matched")
+    assert not any(line.startswith(("KV", "local")) for line in comparing.missing(alone))
+    both = collecting.collect(write(tmp_path / "both", *other, *plain, results(sink_tokens=4, **flags)))
     lost = 9 if flags == {"fixed_spans": True} else 0  # the protocol paper draws spans once anyhow: these are the same
     assert [len(group.runs) for group in both.groups] == [29 - lost, 28]
     assert len(both.duplicates) == lost
@@ -110,22 +111,32 @@ def test_a_variant_alone_with_such_a_flag_stays_beside_the_plain_methods(tmp_pat
     group = group_of(tmp_path, results(), results("full_attention", 0.0), results("sink_attention"), *variants)
     found = [run.variant for run in group.runs if run.variant]
     assert found == ["distilled 0.5", "sinks 1, spans to 50", "spans drawn once"]
-    rows = {row["variant"]: row for row in verdicts.describe(group, "matched")}
+    rows = {row["variant"]: row for row in comparing.describe(group, "matched")}
     assert all(rows[variant]["nats_above_full"] is not None for variant in found)
-    (group,) = measured.collect(write(tmp_path / "kv", *variants, results(ratio=0.1))).groups
+    (group,) = collecting.collect(write(tmp_path / "kv", *variants, results(ratio=0.1))).groups
     assert [run.variant for run in group.runs] == [*found, ""]
 
 
 def test_what_an_older_version_did_not_know_makes_no_group(tmp_path):
     assert len(group_of(tmp_path, results(), results(seed=1, num_processes=1, isolate_documents=False)).runs) == 2
+    assert len(group_of(tmp_path, results(), results(seed=1, documents="auto", spacy_model=None)).runs) == 2
+
+
+def test_runs_with_the_published_schedule_are_a_group_of_their_own(tmp_path):
+    """Older runs of the protocol paper had the sane one, and do not say so."""
+    old, new = results(protocol="paper"), results(protocol="paper", nll=2.0, published_schedule=True)
+    found = collecting.collect(write(tmp_path, old, new, results(), results(published_schedule=False, seed=1)))
+    assert found.duplicates == []
+    assert [len(group.runs) for group in found.groups] == [3, 1]
+    assert [group.settings.get("published_schedule") for group in found.groups] == [None, True]
 
 
 def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
     runs = [results(nll=3.5), results(nll=1.0, sink_tokens=4), results("full_attention", 0.0, nll=3.0)]
     runs += [results("full_attention", 0.0, nll=0.5, eval_only=True), results(nll=2.0, eval_only=True)]
     group = group_of(tmp_path, *runs)
-    assert measured.select(measured.points(group, "matched"), "kv_compression")[0.5].nlls == {0: 3.5}
-    rows = {row["variant"]: row for row in verdicts.describe(group, "matched") if row["method"] == "kv_compression"}
+    assert collecting.select(collecting.points(group, "matched"), "kv_compression")[0.5].nlls == {0: 3.5}
+    rows = {row["variant"]: row for row in comparing.describe(group, "matched") if row["method"] == "kv_compression"}
     assert rows["sinks 4"]["nats_above_full"] == -2.0
     assert rows["not fine-tuned"]["nats_above_full"] == 1.5  # against a model that was not either
     assert "| 1 | KV compression | sinks 4 | 0.5 |" in text_of(tmp_path).split("### Variants")[1]
@@ -134,7 +145,7 @@ def test_variants_stay_off_the_plain_curve_and_have_their_own_table(tmp_path):
 def test_a_run_without_fine_tuning_is_the_untrained_column_not_a_curve(tmp_path):
     tuned = results("local_attention", nll=3.0) | {"untrained": None}
     group = group_of(tmp_path, tuned, results("local_attention", nll=6.0, eval_only=True), results())
-    plain, untrained = (row for row in verdicts.describe(group, "matched") if row["method"] == "local_attention")
+    plain, untrained = (row for row in comparing.describe(group, "matched") if row["method"] == "local_attention")
     assert (plain["perplexity"], plain["untrained_perplexity"]) == pytest.approx((math.exp(3), math.exp(6)))
     assert (untrained["variant"], untrained["fine_tuned"]) == ("not fine-tuned", False)
 
@@ -146,10 +157,10 @@ def test_mean_and_spread_over_seeds(tmp_path):
         results("local_attention", seed=seed, nll=nll + gap) for seed, (nll, gap) in enumerate(zip(nlls, (1, 2, 4)))
     ]
     group = group_of(tmp_path, *runs)
-    row = verdicts.describe(group, "matched")[0]
+    row = comparing.describe(group, "matched")[0]
     assert row["perplexity"] == pytest.approx(np.exp(nlls).mean())
     assert row["perplexity_spread"] == pytest.approx(np.exp(nlls).std(ddof=1))
-    (judged,) = verdicts.judge_claim_1(group, "matched")
+    (judged,) = comparing.judge_claim_1(group, "matched")
     gaps = np.array([-1, -2, -4])
     half = 4.303 * gaps.std(ddof=1) / math.sqrt(3)  # Student's t, two degrees of freedom
     assert (judged["difference"], judged["spread"]) == pytest.approx((gaps.mean(), gaps.std(ddof=1)))
@@ -157,8 +168,8 @@ def test_mean_and_spread_over_seeds(tmp_path):
 
 
 def test_differences_are_of_equal_seeds():
-    assert verdicts.difference({0: 1.0, 1: 2.0}, {1: 5.0, 2: 9.0}).values == (-3.0,)
-    assert verdicts.difference({0: 1.0}, {1: 5.0}) is None
+    assert comparing.difference({0: 1.0, 1: 2.0}, {1: 5.0, 2: 9.0}).values == (-3.0,)
+    assert comparing.difference({0: 1.0}, {1: 5.0}) is None
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -178,7 +189,7 @@ def test_one_seed_has_no_spread(tmp_path):
     ],
 )
 def test_holds_means_at_most_1_05_times_the_perplexity(values, verdict):
-    assert verdicts.Difference(values).verdict == verdict
+    assert comparing.Difference(values).verdict == verdict
 
 
 def test_verdicts_follow_the_numbers(tmp_path):
@@ -197,14 +208,14 @@ def test_kept_keys_are_interpolated_inside_the_measured_range_only(tmp_path):
     sinks = [results("sink_attention", ratio, nll=nll, kept=kept) for ratio, nll, kept in ((0.5, 3, 60), (0.9, 4, 20))]
     runs = [results(ratio=ratio, kept=kept) for ratio, kept in ((0.1, 100.0), (0.5, 50.0), (0.7, 20.0), (0.9, 19.0))]
     group = group_of(tmp_path, *sinks, *runs, results(seed=1, kept=50.0))
-    rows = verdicts.judge_kept_keys(group, "matched")
+    rows = comparing.judge_kept_keys(group, "matched")
     assert [(row["ratio"], row["seeds"]) for row in rows] == [(0.5, 1), (0.7, 1)]
     assert rows[0]["baseline_perplexity"] == pytest.approx(math.exp(3.25))
     assert (rows[0]["baseline_kept_below"], rows[0]["baseline_kept_above"]) == (20, 60)
     assert rows[1]["baseline_perplexity"] == pytest.approx(math.exp(4))
-    assert report.interpolated(rows[0], "baseline") == f"≈ {math.exp(3.25):.2f} (20.0 – 60.0)"
-    assert report.interpolated(rows[1], "baseline") == f"{math.exp(4):.2f}"  # measured just there
-    described = {row["ratio"]: row for row in verdicts.describe(group, "matched") if row["method"] == "kv_compression"}
+    assert writing.interpolated(rows[0], "baseline") == f"≈ {math.exp(3.25):.2f} (20.0 – 60.0)"
+    assert writing.interpolated(rows[1], "baseline") == f"{math.exp(4):.2f}"  # measured just there
+    described = {row["ratio"]: row for row in comparing.describe(group, "matched") if row["method"] == "kv_compression"}
     assert described[0.5]["sink_perplexity"] == pytest.approx(math.exp(3.25))
     assert described[0.9]["sink_perplexity"] is described[0.1]["sink_perplexity"] is None
 
@@ -216,11 +227,11 @@ def test_a_seed_that_was_measured_at_few_ratios_is_not_interpolated_over_a_wider
     ends = [results("sink_attention", seed=1, nll=n, kept=k, ratio=r) for r, n, k in ((0.5, 3, 60), (0.9, 4, 21))]
     kv = [results(nll=3.5, kept=30, seed=seed) for seed in (0, 1)]
     group = group_of(tmp_path, *whole, *ends, *kv)
-    (row,) = verdicts.judge_kept_keys(group, "matched")
+    (row,) = comparing.judge_kept_keys(group, "matched")
     assert row["seeds"] == 1 and row["baseline_perplexity"] == pytest.approx(math.exp(3.6))
     assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 40)
     near = [results("sink_attention", seed=1, nll=3.2, kept=41, ratio=0.7)]
-    (row,) = verdicts.judge_kept_keys(group_of(tmp_path / "both", *whole, *ends, *near, *kv), "matched")
+    (row,) = comparing.judge_kept_keys(group_of(tmp_path / "both", *whole, *ends, *near, *kv), "matched")
     assert row["seeds"] == 2 and (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 41)
 
 
@@ -238,7 +249,7 @@ def test_an_exact_hit_or_finer_runs_of_one_seed_do_not_leave_out_another_on_the_
         results("sink_attention", 0.85, seed=2, kept=26),
     ]
     runs = [results(seed=seed, nll=8, kept=25) for seed in (0, 1)]
-    (row,) = verdicts.judge_kept_keys(group_of(tmp_path, *grid, *finer, *others, *runs), "matched")
+    (row,) = comparing.judge_kept_keys(group_of(tmp_path, *grid, *finer, *others, *runs), "matched")
     assert row["seeds"] == 2 and row["baseline_perplexity"] == pytest.approx(math.exp(7.5))
     assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 30)
 
@@ -254,7 +265,7 @@ def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
     variants = [results(nll=3.3, kept=40.0, recent_tokens=1), results(ratio=0.9, nll=3.3, kept=55.0, recent_tokens=2)]
     variants += [results(ratio=0.9, nll=3.3, kept=70.0, recent_tokens=3)]
     group = group_of(tmp_path, *sinks[:4], results(kept=40.0), *variants)
-    rows = {row["number"]: row for row in verdicts.describe(group, "matched")}
+    rows = {row["number"]: row for row in comparing.describe(group, "matched")}
     assert rows[1]["difference_to_sink"] == pytest.approx(3.3 - 3.5)
     assert rows[1]["difference_to_best_sink"] == pytest.approx(3.3 - 3.1)
     assert (rows[1]["best_sink_variant"], rows[1]["best_sink_kept_below"]) == ("sinks 1", 30)
@@ -266,7 +277,7 @@ def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
     assert "- with 4 sinks: 1 of 2 that could be compared, of 3 measured: no. 1 at 0.5 (-0.200 nats)." in text
     assert "- with as many sinks as are best there: 0 of 2 that could be compared, of 3 measured." in text
     group = group_of(tmp_path, *sinks, *variants)  # a single run with two sinks holds just as many keys
-    assert verdicts.describe(group, "matched")[0]["best_sink_variant"] == "sinks 2"
+    assert comparing.describe(group, "matched")[0]["best_sink_variant"] == "sinks 2"
 
 
 def answers(rows, **which) -> dict:
@@ -282,7 +293,7 @@ def test_what_the_variants_come_to(tmp_path):
         results(ratio=0.9, nll=3.55, kept=20, recent_tokens=5),
     ]
     runs += [results(ratio=0.5, nll=3.12, kept=60, recent_tokens=9), results(ratio=0.7, nll=3.2, recent_tokens=9)]
-    rows = verdicts.beyond(group_of(tmp_path, *runs))
+    rows = comparing.beyond(group_of(tmp_path, *runs))
     lowest = answers(rows, ratio=0.9, choice="lowest perplexity")
     assert (lowest["gap"]["variant"], lowest["gap"]["variants"]) == ("window 9", 2)
     assert (lowest["gap"]["value"], lowest["gap"]["verdict"]) == (pytest.approx(0.45), "met")
@@ -316,13 +327,13 @@ def test_what_the_variants_come_to(tmp_path):
 def test_what_seeds_leave_open_is_told(tmp_path):
     runs = [results("full_attention", 0.0, nll=3.0, seed=seed) for seed in range(3)]
     runs += [results(nll=nll, seed=seed, recent_tokens=5) for seed, nll in enumerate((3.0, 3.1, 3.2))]
-    (full,) = [row for row in verdicts.beyond(group_of(tmp_path, *runs)) if row["question"] == "full"]
+    (full,) = [row for row in comparing.beyond(group_of(tmp_path, *runs)) if row["question"] == "full"]
     assert (full["value"], full["verdict"]) == (pytest.approx(math.exp(0.1)), "met, uncertain")
 
 
 def test_missing_runs_are_listed(tmp_path):
     runs = [run for run in grid(seeds=(0, 1), protocols=("paper", "matched"))]
-    assert verdicts.missing(group_of(tmp_path / "full", *runs)) == []
+    assert comparing.missing(group_of(tmp_path / "full", *runs)) == []
     gone = {
         ("kv_compression", "paper", 0.5, 1),
         ("local_attention", "matched", 0.1, 0),
@@ -330,7 +341,7 @@ def test_missing_runs_are_listed(tmp_path):
     }
     gone |= {("kv_compression", "paper", ratio, 0) for ratio in (0.2, 0.3, 0.4, 0.9)}
     left = [run for run in runs if tuple(run[k] for k in ("method", "protocol", "bound_ratio", "seed")) not in gone]
-    assert verdicts.missing(group_of(tmp_path / "part", *left)) == [
+    assert comparing.missing(group_of(tmp_path / "part", *left)) == [
         "full attention, paper and matched, seed 1: 0",
         "KV compression, paper, seed 0: 0.2 – 0.4, 0.9",
         "KV compression, paper, seed 1: 0.5",
@@ -360,9 +371,9 @@ def test_duplicates_are_used_once(tmp_path):
 def test_what_cannot_be_read_is_named_and_stops_nothing(tmp_path, content):
     write(tmp_path, results())
     (tmp_path / "x|y.json").write_bytes(content)
-    found = measured.collect(tmp_path)
+    found = collecting.collect(tmp_path)
     assert [path for path, _ in found.unreadable] == ["x|y.json"]
-    (line,) = [line for line in report.build(found).lines if line.startswith("- x\\|y.json")]
+    (line,) = [line for line in writing.build(found).lines if line.startswith("- x\\|y.json")]
     assert "\n" not in line
     assert str(tmp_path) not in line
 
@@ -375,7 +386,7 @@ def test_files_of_other_programs_are_passed_over(tmp_path):
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "some.json").write_text("{")
     (tmp_path / "kv_0.1.json").write_text(json.dumps(results(ratio=0.1)))  # results by another name
-    found = measured.collect(tmp_path)
+    found = collecting.collect(tmp_path)
     assert found.unreadable == []
     assert [run.path for run in found.groups[0].runs] == ["000/results.json", "kv_0.1.json"]
 
@@ -385,7 +396,7 @@ def test_text_of_files_stays_in_its_place(tmp_path):
     write(tmp_path, results() | {"device": "gpu\n1,2"}, results(**names), results("local_attention", **names))
     (tmp_path / os.fsdecode(b"\xff|\n")).mkdir()
     shutil.copy(tmp_path / "000" / "results.json", tmp_path / os.fsdecode(b"\xff|\n") / "results.json")
-    text = report.write(measured.collect(tmp_path), tmp_path / "out").read_text(encoding="utf-8")
+    text = writing.write(collecting.collect(tmp_path), tmp_path / "out").read_text(encoding="utf-8")
     assert "group 2: a\\|b # c 'd' &lt;e> ]\\(f)\\\\ on test.txt" in text
     assert "CR sees x\\|y z" in text
     assert "\n- \\\\xff\\| /results.json: 000/results.json is used\n" in text
@@ -404,9 +415,9 @@ def test_scores_are_judged_document_by_document(tmp_path):
     runs = [scores("kv_compression", better=0.05), scores("local_attention")]
     rows = {
         row["metric"]: row
-        for row in verdicts.judge_claim_2(measured.collect(write(tmp_path, *runs)).scores[0], "matched")
+        for row in comparing.judge_claim_2(collecting.collect(write(tmp_path, *runs)).scores[0], "matched")
     }
-    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(measured.METRICS, "holds")
+    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(collecting.METRICS, "holds")
     ours, theirs = (np.array([d["rouge_l"] for d in one["documents"].values()]) for one in runs)
     assert rows["rouge_l"]["difference"] == pytest.approx((ours - theirs).mean())
     assert rows["rouge_l"]["low"] < rows["rouge_l"]["difference"] < rows["rouge_l"]["high"]
@@ -426,15 +437,15 @@ def test_missing_continuations_are_listed(tmp_path):
         (tmp_path / f"{number:03}" / "scores.json").write_text(json.dumps(score))
     for name in ("000/generation", "001/generation", "001/other"):
         (tmp_path / f"{name}.about.json").write_text("{}")
-    found = measured.collect(tmp_path)
+    found = collecting.collect(tmp_path)
     assert found.unscored == ["001/other.jsonl"]
     comparable = [score for one in found.scores for score in one]
-    assert verdicts.missing_scores(comparable)[2:4] == [
+    assert comparing.missing_scores(comparable)[2:4] == [
         "KV compression, matched, seed 3: 0.1 – 0.4, 0.6 – 0.9",
         "KV compression, matched, seed 4: 0.1 – 0.8",
     ]
-    assert "local attention, matched, seed 3: 0.1 – 0.4, 0.6 – 0.9" in verdicts.missing_scores(comparable)
-    text = "\n".join(report.build(found).lines)
+    assert "local attention, matched, seed 3: 0.1 – 0.4, 0.6 – 0.9" in comparing.missing_scores(comparable)
+    text = "\n".join(writing.build(found).lines)
     assert "### Missing continuations\n\n- full attention, matched, seed 3: 0" in text
     assert "## Continuations that are not scored yet\n\n- 001/other.jsonl" in text
     assert "### Claim 2\n\nNo continuations were scored." in text_of(tmp_path / "none", results())
@@ -445,9 +456,9 @@ def test_missing_continuations_are_listed(tmp_path):
 )
 def test_scores_of_other_documents_or_scorers_are_not_compared(tmp_path, name):
     write(tmp_path, scores("kv_compression", better=0.05), scores("local_attention", **{name: None}))
-    found = measured.collect(tmp_path).scores
+    found = collecting.collect(tmp_path).scores
     assert [len(comparable) for comparable in found] == [1, 1]
-    assert not any(verdicts.judge_claim_2(comparable, "matched") for comparable in found)
+    assert not any(comparing.judge_claim_2(comparable, "matched") for comparable in found)
 
 
 def test_scores_know_the_run_beside_them(tmp_path):
@@ -455,10 +466,10 @@ def test_scores_know_the_run_beside_them(tmp_path):
     (tmp_path / "000" / "scores.json").write_text(json.dumps(scores("kv_compression")))
     (tmp_path / "000" / "scores_window.json").write_text(json.dumps(scores("local_attention")))
     (tmp_path / "000" / "window.about.json").write_text(json.dumps({"top_p": 0.5}))
-    by_method = {score.method: score for one in measured.collect(tmp_path).scores for score in one}
+    by_method = {score.method: score for one in collecting.collect(tmp_path).scores for score in one}
     assert (by_method["kv_compression"].variant, by_method["kv_compression"].seed) == ("sinks 4", 3)
     assert by_method["local_attention"].variant == "trained as KV compression"
-    assert len(measured.collect(tmp_path).scores) == 2  # they were not generated alike
+    assert len(collecting.collect(tmp_path).scores) == 2  # they were not generated alike
 
 
 def test_scores_tell_what_was_generated_otherwise_than_it_was_trained(tmp_path):
@@ -468,7 +479,7 @@ def test_scores_tell_what_was_generated_otherwise_than_it_was_trained(tmp_path):
         (run / f"scores_{name}.json").write_text(json.dumps(scores("kv_compression", ratio)))
         about = {"top_p": 0.9, "recent_tokens": told}
         (run / f"{name}.about.json").write_text(json.dumps(about))
-    found = {score.path[-6]: score.variant for score in measured.collect(tmp_path).scores[0]}
+    found = {score.path[-6]: score.variant for score in collecting.collect(tmp_path).scores[0]}
     assert found == {"a": "window 15", "b": "window 15, window 7 generating", "c": "window 15, trained at 0.5"}
 
 
@@ -479,12 +490,12 @@ def test_methods_without_sentinels_compare_with_kv_compression_that_folds_what_i
         write(tmp_path / str(number), scores(method, better=better))
         about = {"top_p": 0.9, "compress_generated": folds}
         (tmp_path / str(number) / "000" / "generation.about.json").write_text(json.dumps(about))
-    found = measured.collect(tmp_path)
+    found = collecting.collect(tmp_path)
     assert [[score.method for score in some] for some in found.scores] == [["kv_compression", "local_attention"]] * 2
-    gains = [verdicts.judge_claim_2(some, "matched")[0]["difference"] for some in found.scores]
+    gains = [comparing.judge_claim_2(some, "matched")[0]["difference"] for some in found.scores]
     assert gains == pytest.approx([0.2, 0.1], abs=0.02)
     assert "3 scored files" in found.summary()
-    text = "\n".join(report.build(found).lines)
+    text = "\n".join(writing.build(found).lines)
     assert text.index("kept whole what it generated") < text.index("--compress_generated")
 
 
@@ -494,7 +505,9 @@ def test_published_figures():
     assert published.above_full("repro", "scattered_attention")[0.5] == pytest.approx(35.11 / 10.33)
     assert published.perplexities("paper", "sink_attention") == {}
     for source in published.SOURCES:
-        assert all(set(published.perplexities(source, method)) == {0.0, *measured.GRID} for method in published.METHODS)
+        assert all(
+            set(published.perplexities(source, method)) == {0.0, *collecting.GRID} for method in published.METHODS
+        )
 
 
 def run_script(*arguments) -> subprocess.CompletedProcess:
@@ -535,7 +548,7 @@ def test_the_script_writes_everything_and_the_same_again(tmp_path):
         files = (path for path in folder.iterdir() if path.is_file() and path.name != ownership.LIST)
         return {path.name: path.read_bytes() for path in files}
 
-    report.write(measured.collect(folder), tmp_path / "out")
+    writing.write(collecting.collect(folder), tmp_path / "out")
     assert made(tmp_path / "out") == made(folder)
 
 
@@ -577,7 +590,7 @@ def test_nothing_to_report_is_one_line_and_exit_status_2(tmp_path, content):
     assert "no results" in done.stderr
     assert not (tmp_path / "report.md").exists()
     with pytest.raises(UsageError, match="no such folder"):
-        measured.collect(tmp_path / "nowhere")
+        collecting.collect(tmp_path / "nowhere")
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line_and_exit_status_1(tmp_path):

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from kv_compression import ownership, results
-from kv_compression.errors import RunError
+from kv_compression.io import ownership, results
+from kv_compression.io.errors import RunError
 
 RUN = {
     "method": "kv_compression",

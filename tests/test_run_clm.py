@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import run_clm
-from kv_compression import data, sentinels
+from kv_compression.data import blocks as data_blocks
+from kv_compression.model import vocabulary
 from tests.conftest import sentences
 from tests.runs import call_script
 
@@ -61,7 +62,7 @@ def test_a_run_leaves_results_adapter_and_logs(call, texts, method, protocol):
     suffix = "_paper" if protocol == "paper" else ""
     folder = Path(out[0].removeprefix("preset embedded (asked for), results in "))
     assert folder.parent == Path("output/embedded")
-    assert folder.name.startswith(f"{method}_{ratio}{suffix}_model_name_or_path-tiny0_train_file-train_")
+    assert folder.name.startswith(f"{method}_{ratio}{suffix}_model-tiny0_train-train_")
     assert len(out) == 2
     assert out[1].startswith(f"{method} at ratio {ratio}: test perplexity ")
 
@@ -105,16 +106,18 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
 
     import accelerate
 
-    from kv_compression import experiment, presets, visibility
-    from kv_compression.attention import compressed_attention
-    from kv_compression.loss import TokenLosses
-    from kv_compression.perplexity import evaluate
+    from kv_compression import settings as run_settings
+    from kv_compression.methods.kv_compression import KVCompression
+    from kv_compression.model.attention import compressed_attention
+    from kv_compression.model.loss import TokenLosses
+    from kv_compression.training import run as training_run
+    from kv_compression.training.evaluation import evaluate
 
-    settings = presets.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
+    settings = run_settings.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    _, splits = experiment.read_blocks(settings, fresh, None, accelerator)
-    rule = visibility.KVCompression(cl_id, cr_id)
+    _, splits = training_run.read_blocks(settings, fresh, None, accelerator)
+    rule = KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
     assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
@@ -167,7 +170,7 @@ def test_methods_share_one_token_stream_where_no_sentinels_stand_in_it(call, tmp
     text.write_text("\n".join(json.dumps({"text": line}) for line in sentences(12, seed=9)))
     flags = ["--eval_only", "--test_file", str(text), "--bound_ratio", "0.5"]
     assert call(*flags, "--method", "local_attention")[0] == 0
-    monkeypatch.setattr(data, "_tokenize_batch", None)
+    monkeypatch.setattr(data_blocks, "_tokenize_batch", None)
     assert call(*flags, "--method", "kv_compression")[0] == 0
     with pytest.raises(TypeError):
         call(*flags, "--method", "kv_compression", "--protocol", "paper")
@@ -246,7 +249,7 @@ def test_the_embedded_preset_runs_on_its_own_model_and_text(tmp_path, monkeypatc
     assert 5 < results["perplexity"] < 500  # a real model, not a random one
     folder = next((tmp_path / "cache" / "kv_compression").iterdir())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert sentinels.add_sentinels(tokenizer) == (49152, 49153)
+    assert vocabulary.add_sentinels(tokenizer) == (49152, 49153)
 
 
 def test_as_a_program(tmp_path):
@@ -263,9 +266,114 @@ def test_as_a_program(tmp_path):
 
 
 def test_methods_are_named_alike_everywhere():
-    from kv_compression import visibility
+    from kv_compression.methods import METHODS
 
-    assert list(visibility.METHODS) == run_clm.METHODS
+    assert list(METHODS) == run_clm.METHODS
+
+
+def test_schedulers_are_named_alike_everywhere():
+    from kv_compression import settings as run_settings
+
+    assert list(run_settings.LR_SCHEDULERS) == run_clm.LR_SCHEDULERS
+    assert set(run_settings.LR_SCHEDULERS) <= {kind.value for kind in transformers.SchedulerType}
+
+
+def test_the_log_ends_with_the_test_perplexity(call, texts):
+    flags = ["--method", "local_attention", "--bound_ratio", "0.5", "--validation_file", texts["validation"]]
+    for more in ([], ["--eval_only"]):
+        assert call(*flags, *more, "--output_dir", "out", "--overwrite")[0] == 0
+        *_, validation, test = Path("out/train.log").read_text().splitlines()
+        results = results_of("out")
+        assert f"validation split: Evaluation(perplexity={results['validation']['perplexity']}, " in validation
+        assert f"test split: Evaluation(perplexity={results['perplexity']}, " in test
+
+
+@pytest.mark.parametrize("protocol", ["paper", "matched"])
+def test_results_say_what_the_learning_rate_did(call, protocol):
+    flags = ["--protocol", protocol, "--gradient_accumulation_steps", "3", "--learning_rate", "2e-5", "--weight_decay"]
+    flags += ["0.1", "--num_warmup_steps", "1", "--method", "local_attention", "--bound_ratio", "0.5"]
+    assert call(*flags, "--output_dir", "out")[0] == 0
+    results = results_of("out")
+    found = results["training"]
+    last = 2e-5 * ((12 - 3) / (12 - 3) if protocol == "paper" else 1 / 3)  # step 4 is the first behind 3 of warm-up
+    assert found["last_learning_rate"] == pytest.approx(last)
+    counted = 3 if protocol == "paper" else 1
+    assert (found["steps"], found["scheduler_steps"], found["scheduler_warmup_steps"]) == (4, 4 * counted, counted)
+    assert results["settings"]["published_schedule"] == (protocol == "paper")
+    assert results["settings"]["weight_decay"] == results["optimizer"]["weight_decay"] == 0.1
+    assert f"{last:.3g} at the last step" in Path("out/README.md").read_text()
+
+
+def test_a_run_with_the_sane_schedule_is_not_taken_for_one_with_the_published(call):
+    flags = ["--protocol", "paper", "--gradient_accumulation_steps", "2", "--output_dir", "out", "--method"]
+    assert call(*flags, "full_attention")[0] == 0
+    results = results_of("out")
+    del results["settings"]["published_schedule"]  # as older versions left it
+    Path("out/results.json").write_text(json.dumps(results))
+    status, _, errors = call(*flags, "full_attention")
+    assert status == 2
+    assert "published_schedule False there, True here" in errors[0]
+    assert call(*flags, "full_attention", "--gradient_accumulation_steps", "1")[0] == 2  # only the batch differs
+    assert "published_schedule" not in call(*flags, "full_attention", "--gradient_accumulation_steps", "1")[2][0]
+
+
+def test_a_share_of_the_training_rows_can_be_the_validation_split(call, texts):
+    asked = ["--method", "full_attention", "--validation_split_percentage", "30"]
+    assert call(*asked, "--output_dir", "split")[0] == 0
+    results = results_of("split")
+    rows = Path(texts["train"]).read_text().splitlines(keepends=True)
+    for name, part in (("first", rows[:12]), ("rest", rows[12:])):
+        Path(f"{name}.jsonl").write_text("".join(part))
+    files = ["--train_file", "rest.jsonl", "--validation_file", "first.jsonl", "--output_dir", "given"]
+    assert call("--method", "full_attention", *files)[0] == 0
+    given = results_of("given")
+    assert results["blocks_sha256"] == given["blocks_sha256"]
+    assert results["validation"]["perplexity"] == given["validation"]["perplexity"]
+    assert call(*asked, "--eval_only", "--output_dir", "untrained")[0] == 0
+    assert set(results_of("untrained")["blocks_sha256"]) == {"validation", "test"}
+    status, _, errors = call(*asked, "--validation_file", texts["validation"], "--output_dir", "both")
+    assert (status, len(errors)) == (2, 1)
+    assert "there is a validation split already" in errors[0]
+
+
+def test_another_tokenizer_reads_the_text(call, tiny_model, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "same")
+    flags = ["--method", "kv_compression", "--bound_ratio", "0.5", "--tokenizer_name"]
+    assert call(*flags, str(tmp_path / "same"), "--output_dir", "out")[0] == 0
+    assert results_of("out")["settings"]["tokenizer_name"] == str(tmp_path / "same")
+    assert call(*flags[:-1], "--output_dir", "own")[0] == 0
+    assert results_of("out")["perplexity"] == results_of("own")["perplexity"]
+    tokenizer.add_tokens([f"word{number}" for number in range(100)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    status, _, errors = call(*flags, str(tmp_path / "large"), "--output_dir", "large")
+    assert (status, len(errors)) == (2, 1)
+    assert "tokens, the model has" in errors[0]
+    assert call(*flags, "./nowhere")[2][0].endswith("--tokenizer_name ./nowhere: no such folder")
+
+
+def test_checkpoints_may_be_written_at_the_end_of_every_epoch(call, monkeypatch):
+    from kv_compression.training import checkpoints
+    from kv_compression.training import run as training_run
+
+    steps, lengths = [], []
+    write, schedule = checkpoints.Checkpoints.write, training_run.Schedule
+
+    def noted(self, step, *rest):
+        steps.append(step)
+        return write(self, step, *rest)
+
+    def measured(*arguments):
+        found = schedule(*arguments)
+        lengths.append(found.steps_per_epoch)
+        return found
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "write", noted)
+    monkeypatch.setattr(training_run, "Schedule", measured)
+    flags = ["--method", "full_attention", "--checkpointing_steps", "epoch", "--per_device_train_batch_size", "20"]
+    assert call(*flags, "--max_train_steps", "12")[0] == 0
+    assert 1 < lengths[0] < 6
+    assert steps == list(range(lengths[0], 12, lengths[0]))
 
 
 VARIANTS = [

@@ -10,8 +10,10 @@ import pytest
 
 import generate_c4
 import run_clm
-from kv_compression import commit, experiment, hub, model_card, ownership
-from kv_compression.errors import RunError
+from kv_compression.io import commit, hub, ownership
+from kv_compression.io.errors import RunError
+from kv_compression.sharing import model_card
+from kv_compression.training import run as training_run
 from tests.conftest import sentences
 from tests.runs import call_script, write_texts
 
@@ -153,7 +155,7 @@ def test_a_card_that_cannot_be_written_costs_no_results(call, monkeypatch, capsy
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiment, "write_card", fail)
+        patched.setattr(training_run, "write_card", fail)
         for expected in ("test perplexity", "finished already"):
             status, out, errors = call()
             assert (status, errors) == (0, [])
@@ -171,7 +173,7 @@ def test_what_goes_wrong_behind_the_results_is_one_line(call, monkeypatch, capsy
     def fail(*_):
         raise RunError("README.md cannot be written")
 
-    monkeypatch.setattr(experiment, "write_card", fail)
+    monkeypatch.setattr(training_run, "write_card", fail)
     written = []
     monkeypatch.setattr(sys.stderr, "write", written.append)
     assert call()[0] == 0
@@ -183,13 +185,13 @@ def test_what_goes_wrong_behind_the_results_is_one_line(call, monkeypatch, capsy
 
 def test_the_adapter_is_on_disk_before_the_results_that_say_so(call, monkeypatch):
     there = []
-    write = experiment.write_json
+    write = training_run.write_json
 
     def watch(path, content):
         there.append((path.name, (path.parent / "adapter_model.safetensors").exists()))
         write(path, content)
 
-    monkeypatch.setattr(experiment, "write_json", watch)
+    monkeypatch.setattr(training_run, "write_json", watch)
     assert call()[0] == 0
     assert there == [("results.json", True)]
 
@@ -228,7 +230,7 @@ def test_only_files_by_their_very_names_are_uploaded(tmp_path, stand_in):
 
 
 def test_results_name_the_commit(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment, "commit_of_project", lambda: "0123abc+changes")
+    monkeypatch.setattr(training_run, "commit_of_project", lambda: "0123abc+changes")
     assert call()[0] == 0
     assert json.loads((Path("run") / "results.json").read_text())["commit"] == "0123abc+changes"
     assert "| commit of the project | 0123abc+changes |" in (Path("run") / "README.md").read_text()

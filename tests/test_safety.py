@@ -13,10 +13,13 @@ import torch
 import transformers
 
 import eval_generation
-from kv_compression import experiment, presets, sweep, training
-from kv_compression.errors import RunError
-from kv_compression.results import write_json
-from kv_compression.whole_files import file_name
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import RunError
+from kv_compression.io.results import write_json
+from kv_compression.io.whole_files import file_name
+from kv_compression.model import lora
+from kv_compression.sweep import jobs as sweep_jobs
+from kv_compression.training import run as training_run
 from tests import test_report
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +87,9 @@ def test_pickled_weights_of_a_model_run_nothing(tiny_model, tmp_path):
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
     torch.save({"embed_in.weight": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
-    settings = presets.Settings(model_name_or_path=str(folder))
+    settings = run_settings.Settings(model_name_or_path=str(folder))
     with pytest.raises(RunError, match="cannot be loaded"):
-        experiment.load_model(settings)
+        training_run.load_model(settings)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -96,15 +99,17 @@ def finished_run(tiny_model, tmp_path) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = {"default": "x", "../a|b": "y", "c\nd": "z"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
-    model = training.add_lora(model, training.lora_targets(model, None), 4)
-    experiment.save_model(model, tokenizer, tmp_path / "run")
-    settings = presets.resolve({"preset": "embedded", "method": "local_attention", "model_name_or_path": tiny_model})
+    model = lora.add_lora(model, lora.lora_targets(model, None), 4)
+    training_run.save_model(model, tokenizer, tmp_path / "run")
+    settings = run_settings.resolve(
+        {"preset": "embedded", "method": "local_attention", "model_name_or_path": tiny_model}
+    )
     write_json(tmp_path / "run" / "results.json", test_report.results() | {"settings": settings.identity()})
     return tmp_path / "run"
 
 
 def test_an_adapter_is_read_from_safetensors_alone(finished_run, tmp_path, monkeypatch):
-    assert experiment.load_run(str(finished_run), "no")[2].method == "local_attention"
+    assert training_run.load_run(str(finished_run), "no")[2].method == "local_attention"
     weights, config = finished_run / "adapter_model.safetensors", finished_run / "adapter_config.json"
 
     (tmp_path / "trap.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\n")
@@ -113,14 +118,14 @@ def test_an_adapter_is_read_from_safetensors_alone(finished_run, tmp_path, monke
     for changes in ({"megatron_config": {"a": 1}, "megatron_core": "trap"}, {"peft_type": "XLORA"}):
         config.write_text(json.dumps(told | changes))
         with pytest.raises(RunError, match="the adapter in .* cannot be loaded: it is not of run_clm.py"):
-            experiment.load_run(str(finished_run), "no")
+            training_run.load_run(str(finished_run), "no")
     assert "trap" not in sys.modules
 
     config.write_text(json.dumps(told))
     weights.unlink()
     torch.save({"x": Trap(tmp_path / "sprung")}, finished_run / "adapter_model.bin")
     with pytest.raises(RunError, match="there is no adapter_model.safetensors"):
-        experiment.load_run(str(finished_run), "no")
+        training_run.load_run(str(finished_run), "no")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -142,11 +147,11 @@ def test_text_becomes_a_plain_name_of_its_own():
 @pytest.mark.parametrize("name", ["a b|c", "été\n", "$(id)", "\udcff"])
 def test_names_of_given_files_are_plain_in_results_and_of_scores(name):
     assert PLAIN.fullmatch(eval_generation.scores_path(Path("folder") / f"{name}.jsonl").name)
-    assert PLAIN.fullmatch(presets.Settings(train_file=f"folder/{name}.txt").identity()["train_file"])
+    assert PLAIN.fullmatch(run_settings.Settings(train_file=f"folder/{name}.txt").identity()["train_file"])
 
 
 def test_names_made_of_settings_are_plain():
-    runs = sweep.plan(list(sweep.METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
+    runs = sweep_jobs.plan(list(sweep_jobs.METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     assert all(PLAIN.fullmatch(name) for name in names)

@@ -3,8 +3,8 @@ import os
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from kv_compression.errors import RunError
-from kv_compression.scalars import Scalars
+from kv_compression.io.errors import RunError
+from kv_compression.training.scalars import Scalars
 
 
 def test_what_was_added_can_be_read_back(tmp_path):

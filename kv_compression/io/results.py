@@ -1,0 +1,145 @@
+"""Result files: written whole or not at all, read with care, shown as lines and tables."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kv_compression.io import ownership, strict_json
+from kv_compression.io.errors import RunError, UsageError, one_line, printable, run_script
+from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
+
+RESULTS = "results.json"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`write_text` of `as_json` of `content`."""
+    write_text(path, as_json(content))
+
+
+def as_json(content: dict) -> str:
+    """`content` as JSON; numbers that JSON does not know (infinite, not a number) become null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of `text` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all, where there is none or one that these scripts have written (`ownership`).
+
+    UsageError if there is anything else, RunError if the disk refuses.
+    """
+    try:
+        ownership.write(path, content)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_results(folder: Path) -> dict | None:
+    """The results of a finished run in `folder`, None if there are none; RunError if the file is not such results."""
+    path = Path(folder) / RESULTS
+    try:
+        content = strict_json.read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {one_line(error)}") from error
+    if not has_all(content, OF_A_RUN):
+        raise RunError(f"{path} does not hold the results of a run of run_clm.py")
+    try:
+        check(content, OF_A_RUN, SOMETIMES_OF_A_RUN)
+    except ValueError as error:
+        raise RunError(f"{path} {error}") from error
+    return content
+
+
+def results_of_run(folder: str) -> dict:
+    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
+    results = read_results(Path(folder))
+    if results is None:
+        raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
+    if "export" in results:
+        raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
+    return results
+
+
+def summary(results: dict) -> str:
+    """One line on a run: what was measured, then how."""
+    trained = "" if _untrained(results) is None else f" (before fine-tuning {figure(_untrained(results))})"
+    trained = " (without fine-tuning)" if results.get("eval_only") else trained
+    return (
+        f"{name_of(results)} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])}"
+        f"{trained}, {figure(results.get('num_targets'), 0)} tokens, "
+        f"removed {figure(results['removed_fraction'], 3)}, "
+        f"attended {figure(results.get('attended_fraction'), 3)}, preset {results['preset']}, "
+        f"protocol {results['protocol']}, seed {results['seed']}, {figure(results.get('wall_seconds'), 0)} s"
+    )
+
+
+def name_of(run: dict) -> str:
+    """The method of a run, with its recipe where that is not the paper's."""
+    recipe = run["settings"].get("recipe", "paper")
+    return run["method"] + ("" if recipe == "paper" else printable(f", recipe {recipe}"))
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "method": name_of,
+    "ratio": lambda run: str(run["bound_ratio"]),
+    "protocol": lambda run: run["protocol"],
+    "seed": lambda run: str(run["seed"]),
+    "removed": lambda run: figure(run["removed_fraction"], 3),
+    "attended": lambda run: figure(run.get("attended_fraction"), 3),
+    "kept": lambda run: figure(run.get("kept_keys_mean"), 1),
+    "perplexity": lambda run: figure(run["perplexity"]),
+    "untrained": lambda run: figure(_untrained(run)),
+    "seconds": lambda run: figure(run.get("wall_seconds"), 0),
+}
+
+
+def table(runs: list[dict]) -> str:
+    """Runs as a plain-text table, a line each; without columns that say nothing here."""
+    columns = [[name, *map(tell, runs)] for name, tell in COLUMNS.items()]
+    alike = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
+    idle = {"protocol", "seed"} & alike.keys() | {name for name in ("kept", "untrained") if alike.get(name) == "-"}
+    columns = [column for column in columns if column[0] not in idle]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in zip(*columns)
+    )
+
+
+def _untrained(run: dict) -> float | None:
+    return (run.get("untrained") or {}).get("perplexity")
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals, "-" where there is none."""
+    return "-" if number(value) is None else f"{value:.{digits}f}"
+
+
+def main() -> None:
+    """Print the table of the runs whose folders are named on the command line."""
+    runs = [read_results(Path(folder)) for folder in sys.argv[1:]]
+    missing = [folder for folder, run in zip(sys.argv[1:], runs) if run is None]
+    if missing:
+        raise RunError(f"no results in {', '.join(missing)}")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,78 @@
+"""How a run draws spans."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kv_compression.methods.ratio import share_to_remove
+from kv_compression.spans.chosen import cheapest_spans, fixed_spans
+from kv_compression.spans.exact import exact_spans, most_removable, widest_window
+
+if TYPE_CHECKING:
+    pass  # else where it is used: it takes a second, and the library does without
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """How spans are drawn: for `compress` (is the method KV compression?) at `ratio`, fixed by `seed`.
+
+    The `sampler` is "random" (the protocol's own), "fixed" (equal chunks) or "self_information" (where the base model
+    is surprised least, in whole units). The first `sink_tokens` and the last `recent_tokens` of a block stay out of
+    spans; `cr_tokens` <CR> close one.
+    """
+
+    compress: bool
+    ratio: float
+    max_span_length: int
+    seed: int
+    sampler: str = "random"
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+    cr_tokens: int = 1
+
+    def spans(self, num_tokens: int, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
+        """Spans that remove the exact share of a text of so many tokens; ValueError if that cannot be."""
+        last = max(num_tokens - self.recent_tokens, 0)
+        region = {"cr_tokens": self.cr_tokens, "first": min(self.sink_tokens, last), "last": last}
+        if self.sampler == "fixed":
+            return fixed_spans(num_tokens, self.ratio, self.max_span_length, **region)
+        if self.sampler == "self_information":
+            return cheapest_spans(information, self.ratio, self.max_span_length, unit_starts=unit_starts, **region)
+        return exact_spans(num_tokens, self.ratio, self.max_span_length, rng, **region)
+
+    def window(self, num_tokens: int) -> int:
+        """The most recent tokens of so long a text that can stay out of spans, if the exact share is to leave it."""
+        shape = (self.max_span_length, self.cr_tokens, min(self.sink_tokens, num_tokens))
+        return widest_window(num_tokens, self.ratio, *shape)
+
+    def spans_by_document(self, documents, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
+        """As `spans`, no span across two documents; `documents` is the number of every token's document.
+
+        Every document gives up a share that is as equal as spans allow.
+        """
+        num_tokens = len(documents)
+        bounds = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), num_tokens]
+        regions = []
+        for start, end in zip(bounds, bounds[1:]):
+            first, last = max(start, self.sink_tokens), min(end, num_tokens - self.recent_tokens)
+            if last > first:
+                regions.append((first, last))
+        bound = [most_removable(last - first, self.max_span_length, self.cr_tokens) for first, last in regions]
+        to_remove = share_to_remove(num_tokens, self.ratio)
+        if to_remove > sum(bound):
+            raise ValueError(
+                f"ratio {self.ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most "
+                f"{self.max_span_length} can remove {sum(bound)} from the {len(regions)} documents of a block: "
+                "lower the ratio, allow longer spans or do not isolate documents"
+            )
+        spans = []
+        for number, (first, last) in enumerate(regions):
+            left = sum(bound[number + 1 :])
+            share = round(to_remove * (last - first) / sum(end - start for start, end in regions[number:]))
+            share = max(min(share, bound[number]), to_remove - left)
+            to_remove -= share
+            part = replace(self, ratio=share / (last - first), sink_tokens=0, recent_tokens=0)
+            own = (None if column is None else column[first:last] for column in (information, unit_starts))
+            spans += [(first + begin, first + end) for begin, end in part.spans(last - first, rng, *own)]
+        return spans
