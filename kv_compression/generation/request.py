@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from kv_compression.io.errors import UsageError, ratio
-from kv_compression.settings import METHOD_NAMES
+from kv_compression.methods import NAMES
 
 
 def flag(default, help: str, **how):
@@ -35,7 +35,7 @@ class GenerationRequest:
     """The flags of generate_c4.py. UsageError for values that no generation can have."""
 
     model_dir: str = flag(MISSING, "the output folder of a run of run_clm.py")
-    method: str | None = flag(None, "whose rule the cache follows (the run's)", choices=METHOD_NAMES)
+    method: str | None = flag(None, "whose rule the cache follows (the run's)", choices=NAMES)
     bound_ratio: float | None = flag(None, "compression ratio, from 0 to below 1 (the run's)", type=ratio)
     docs_file: str | None = flag(
         None, ".jsonl, .json, .csv or .txt with the documents (C4's English validation split; embedded: its test text)"

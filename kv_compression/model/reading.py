@@ -1,16 +1,11 @@
-"""Reading tokens into a cache: rows as a batch, long prefixes in chunks, and `generate`, which must not misread."""
+"""Reading texts into a cache: several as a batch, long ones in chunks."""
 
 from collections.abc import Sequence
-from functools import wraps
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
 from kv_compression.model.cache import SentinelCache
-
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def as_batch(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -48,28 +43,3 @@ def prefill(
         for row, position in ending.items():
             found[row] = logits[row, wanted.index(position)]
     return torch.stack(found)
-
-
-class GenerateGuard:
-    """Makes a model's `generate` refuse tokens that a filled `SentinelCache` would misread, until `remove()`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        model.generate = MethodType(_guarded_generate, model)  # bound, so that a copy of the model has its own
-
-    def remove(self) -> None:
-        """Restore the model's own `generate`. Calling it twice is harmless."""
-        self.model.__dict__.pop("generate", None)
-
-
-@wraps(GenerationMixin.generate)
-def _guarded_generate(self, inputs=None, generation_config=None, *args, **kwargs):
-    cache = kwargs.get("past_key_values")
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(cache, SentinelCache) and ids is not None:
-        config = generation_config or self.generation_config
-        if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
-            raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
-        assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
-        cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
-    return type(self).generate(self, inputs, generation_config, *args, **kwargs)
