@@ -15,8 +15,8 @@ import transformers
 import eval_generation
 from kv_compression import settings as run_settings
 from kv_compression.io.errors import RunError
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
 from kv_compression.model import lora
 from kv_compression.sweep import jobs as sweep_jobs
 from kv_compression.training import run as training_run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_compression.io.errors import RunError
-from kv_compression.io.whole_files import open_up
+from kv_compression.io.ownership import open_up
 
 if TYPE_CHECKING:
     import datasets

@@ -1,14 +1,12 @@
 """How scripts and their users talk: flags, the two ways in which what a user gave ends a run, and how that is told."""
 
-import argparse
-import difflib
 import os
 import shlex
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 LIBRARY_SETTINGS = {
@@ -128,27 +126,6 @@ def way_in(error: ModuleNotFoundError) -> str:
     return f"{sys.executable} lacks the package {package}: {way}, or `pip install -r requirements.txt` adds them here"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line, and name the flag that a misspelt one may have meant."""
-
-    def parse_args(self, args=None, namespace=None, also: Iterable[str] = ()):
-        """As argparse does; `also` are other flags ("--name") that a misspelt one may have meant."""
-        flags, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [*self.options(), *also]
-            hints = [f"{flag}: did you mean {near}?" for flag in unknown if (near := nearest(flag, known))]
-            self.error("; ".join(["unrecognized arguments: " + " ".join(unknown), *hints]))
-        return flags
-
-    def options(self) -> list[str]:
-        """Every flag, as it is written."""
-        return [name for action in self._actions for name in action.option_strings]
-
-    def error(self, message: str):
-        complain(f"{message} (see python {self.prog} --help)")
-        self.exit(2)
-
-
 def command_line(script: str, *arguments: object) -> str:
     """How this user calls one of the scripts beside the package, from the folder that they are in."""
     on_path = shutil.which("python")
@@ -160,23 +137,3 @@ def from_here(path: object) -> str:
     """A path as it is shown: relative where it lies below the current folder."""
     path = Path(str(path))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def nearest(flag: str, known: Iterable[str]) -> str | None:
-    """The known flag that is most like `flag` ("--name", or "--name=value"), None if none is or this is no flag."""
-    if not flag.startswith("-"):
-        return None
-    name = flag.split("=")[0].lstrip("-").lower().replace("-", "_")
-    names = {one.lstrip("-").lower().replace("-", "_"): one for one in known if one.startswith("--")}
-    near = [one for one in names if name == "".join(word[0] for word in one.split("_"))]  # lr
-    near = near or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
-    near += difflib.get_close_matches(name, names, 1, cutoff=0.8 if near else 0.6)
-    return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
-
-
-def ratio(text: str) -> float:
-    """The type of a flag that takes a compression ratio."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
-    return value

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kv_compression.io import strict_json
-from kv_compression.io.whole_files import write_whole
+from kv_compression.io.ownership import write_whole
 
 
 def digest(*parts: bytes | str | Tensor) -> str:

@@ -4,6 +4,8 @@ import torch
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
 from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods import METHODS
+from kv_compression.methods.kv_compression import CR_VISIBILITIES
 
 
 def gpu(monkeypatch, memory):
@@ -181,3 +183,16 @@ def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():
         run_settings.resolve(given | {"recent_tokens": 16})
     assert run_settings.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
     assert run_settings.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0
+
+
+def test_settings_know_methods_and_choices_without_loading_them():
+    assert tuple(METHODS) == tuple(run_settings.ABOUT["method"].choices)
+    assert run_settings.ABOUT["cr_visibility"].choices == CR_VISIBILITIES
+
+
+def test_flags_are_refused_only_where_no_preset_takes_them():
+    run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed"})  # the paper's preset does not
+    with pytest.raises(UsageError, match="needs --protocol matched"):
+        run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed", "preset": "paper"})
+    with pytest.raises(UsageError, match="r cannot be"):
+        run_settings.check_flags({"method": "kv_compression", "r": "16"})
