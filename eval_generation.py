@@ -86,7 +86,7 @@ def main() -> None:
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
-                scorers[models] = processes.one_first(scorer_models.load_scorers, models)
+                scorers[models] = processes.main_first(scorer_models.load_scorers, models)
             scores = score(path, about, made_from, scorers[models])
             processes.on_main(write_json, scores_path(path), scores)
         scored[path] = scores

@@ -91,7 +91,7 @@ def main() -> None:
     processes.load_whole_models()
     precision = flags.mixed_precision
     precision = ("bf16" if has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, trained = processes.one_first(training_run.load_run, flags.model_dir, precision)
+    tokenizer, model, trained = processes.main_first(training_run.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
     # Full attention has no ratio: that of the run is not meant.
     asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
@@ -151,7 +151,7 @@ def main() -> None:
         return [sampling.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
-    prefixes = processes.divided(read_prefixes, documents)
+    prefixes = processes.split_work(read_prefixes, documents)
     done = processes.on_main(records.continue_file, path, about, flags.overwrite)
 
     def sample(batches: list[list[sampling.Document]]) -> list[list[dict]]:
@@ -171,7 +171,7 @@ def main() -> None:
         compressed_attention(model, rule=rule),
     ):
         for start in range(0, len(missing), state.num_processes):
-            sampled = processes.divided(sample, missing[start : start + state.num_processes])
+            sampled = processes.split_work(sample, missing[start : start + state.num_processes])
             found = [record for batch in sampled for record in batch if record["index"] not in done]
             processes.on_main(records.append, path, found)
             tokens += sum(record["new_tokens"] for record in found)

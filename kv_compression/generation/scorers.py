@@ -5,19 +5,19 @@ from typing import NamedTuple
 from kv_compression.data.embedded import embedded_encoder, embedded_model
 from kv_compression.settings import EMBEDDED
 
-# How texts become scores. Scores that were made otherwise are made again, and compare with no others.
+# How texts become scores. Scores of another convention are computed again, and compared with no others.
 CONVENTION = "stripped texts, Unicode words"
 
 
 class ScorerModels(NamedTuple):
-    """The models that continuations are scored with; the encoder's `layer` is None where bert-score knows the best."""
+    """The models that score continuations; a `layer` of None is bert-score's choice for the encoder."""
 
     bertscore: str
     layer: int | None
     fluency: str
 
     def record(self) -> dict:
-        """What scores are made with, as scores.json holds it."""
+        """The models and the convention, as scores.json holds them."""
         models = {"bertscore_model": self.bertscore, "bertscore_layer": self.layer, "fluency_model": self.fluency}
         return models | {"convention": CONVENTION}
 
@@ -29,7 +29,7 @@ SCORERS = {
 
 
 def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int | None = None) -> ScorerModels:
-    """A preset's scorers, with the models, or the encoder's `layer`, that are named in their place."""
+    """A preset's scorers, with the models and the encoder's `layer` replaced by those that are given."""
     chosen = SCORERS.get(preset, SCORERS["embedded"])
     if bertscore:
         chosen = chosen._replace(bertscore=bertscore, layer=None)
@@ -39,8 +39,7 @@ def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int 
 
 
 def load_scorers(models: ScorerModels) -> tuple:
-    """The models as `scoring.BertScorer` and `scoring.Fluency`, on this process's device. RunError if one is not
-    to be had."""
+    """Load the models as `scoring.BertScorer` and `scoring.Fluency` on this process's device. RunError if it fails."""
     from kv_compression.generation import scoring
     from kv_compression.io import processes
 

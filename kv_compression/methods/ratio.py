@@ -1,8 +1,8 @@
-"""What a compression ratio is, without torch."""
+"""What a compression ratio asks for, as arithmetic: no torch here."""
 
 
 def share_to_remove(num_tokens: int, ratio: float) -> int:
-    """The entries that are to leave at a ratio: round(ratio · num_tokens). (Protocol `matched`, this project.)"""
+    """How many entries leave the cache at a ratio: round(ratio · num_tokens). (Protocol `matched`, this project.)"""
     return round(ratio * num_tokens)
 
 
@@ -14,13 +14,13 @@ def check_ratio(ratio: float) -> float:
 
 
 def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
-    """How many cache entries spans of at most `max_span_length`, each kept in `cr_tokens`, can remove."""
+    """How many entries spans of at most `max_span_length` tokens, each leaving `cr_tokens` entries, can remove."""
     full, rest = divmod(num_tokens, max_span_length)
     return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
 
 
 def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
-    """How many of the last tokens can stay out of spans if the exact share is to leave from `first` on; at least 0."""
+    """How many of the last tokens can stay out of spans when the exact share leaves the text from `first` on (≥ 0)."""
     to_remove = share_to_remove(num_tokens, ratio)
     num_spans = -(-to_remove // (max_span_length - cr_tokens))
     return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
@@ -29,7 +29,7 @@ def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens
 def entries_to_remove(
     num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
 ) -> int:
-    """round(ratio · num_tokens), if spans in [first, last) can remove so many; else ValueError, naming the bound."""
+    """round(ratio · num_tokens); ValueError, naming the bound, if spans in [first, last) cannot remove that many."""
     check_ratio(ratio)
     last = num_tokens if last is None else last
     if cr_tokens < 1:

@@ -225,7 +225,7 @@ def _run(settings: Settings, resume: bool, source: Path | None = None) -> dict:
 
 def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     """The checkpoint to go on from, None if there is none: the same in every process, whatever files each sees."""
-    newest = processes.together(checkpoints.read, here=processes.state().is_main_process)
+    newest = processes.run_everywhere(checkpoints.read, here=processes.state().is_main_process)
     step = processes.on_main(lambda: newest and newest.step)
 
     def same() -> Checkpoint | None:
@@ -234,7 +234,7 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
             raise RunError(f"not every process can read the checkpoint of step {step}: they must share --output_dir")
         return found
 
-    return processes.together(same)
+    return processes.run_everywhere(same)
 
 
 def finish(settings: Settings, results: dict, writer: Scalars | None = None) -> None:
@@ -311,7 +311,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     main = processes.state().is_main_process
     is_new = [path for path in (folder / LOCK, folder) if not path.exists()] if main else []
-    lock = processes.together(_lock, folder, here=main)
+    lock = processes.run_everywhere(_lock, folder, here=main)
     try:
         yield
     finally:
@@ -464,14 +464,14 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
     blocks, information = {}, {}
     for split, texts in rows.items():
         how = (in_text, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model)
-        stream = processes.one_first(tokenize, texts, tokenizer, split, *how, settings.documents)
+        stream = processes.main_first(tokenize, texts, tokenizer, split, *how, settings.documents)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
             identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
             asked = (model.to(accelerator.device), identity, blocks[split]["input_ids"])
-            information[split] = processes.one_first(cached_self_information, *asked)
+            information[split] = processes.main_first(cached_self_information, *asked)
     if method.uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {
