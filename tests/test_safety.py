@@ -23,7 +23,7 @@ from kv_compression.training import run as training_run
 from tests import test_report
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in (".", "kv_compression", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kv_compression").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "yaml"}
 NEVER_CALLED = {
     *(
