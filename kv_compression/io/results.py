@@ -103,6 +103,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "seed": lambda run: str(run["seed"]),
     "removed": lambda run: figure(run["removed_fraction"], 3),
     "attended": lambda run: figure(run.get("attended_fraction"), 3),
+    "kept": lambda run: figure(run.get("kept_keys_mean"), 1),
     "perplexity": lambda run: figure(run["perplexity"]),
     "untrained": lambda run: figure(_untrained(run)),
     "seconds": lambda run: figure(run.get("wall_seconds"), 0),
@@ -113,7 +114,9 @@ def table(runs: list[dict]) -> str:
     """Runs as a plain-text table, one per line, without columns that say nothing here."""
     columns = [[name, *map(show, runs)] for name, show in COLUMNS.items()]
     constant = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
-    needless = {"protocol", "seed"} & constant.keys() | ({"untrained"} if constant.get("untrained") == "-" else set())
+    needless = {"protocol", "seed"} & constant.keys() | {
+        name for name in ("kept", "untrained") if constant.get(name) == "-"
+    }
     columns = [column for column in columns if column[0] not in needless]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(
