@@ -15,7 +15,8 @@ from pathlib import Path
 from kv_compression.generation import records
 from kv_compression.generation.records import is_scorable, scores_path
 from kv_compression.io import fields, ownership, strict_json
-from kv_compression.io.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
+from kv_compression.io.errors import UsageError, is_main_process, printable, quiet_libraries, run_script
+from kv_compression.io.flags import Parser
 from kv_compression.io.results import figure, write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
@@ -69,7 +70,7 @@ def main() -> None:
     flags = parse()
     named = find_files(flags.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
-    from kv_compression import settings as run_settings
+    from kv_compression.generation import scorers as scorer_models
     from kv_compression.io import processes
 
     state = processes.state()
@@ -85,7 +86,7 @@ def main() -> None:
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
-                scorers[models] = processes.one_first(run_settings.load_scorers, models)
+                scorers[models] = processes.main_first(scorer_models.load_scorers, models)
             scores = score(path, about, made_from, scorers[models])
             processes.on_main(write_json, scores_path(path), scores)
         scored[path] = scores
@@ -110,11 +111,11 @@ def check_outputs(missing: list[Path], csv_path: Path) -> None:
 
 def look_up(path: Path, flags) -> tuple:
     """What made a generation file, the models to score it with, what scores are made from, and those if it has them."""
-    from kv_compression import settings as run_settings
+    from kv_compression.generation import scorers
 
     about = records.read_about(path) or {}
     named = (flags.bertscore_model, flags.fluency_model, flags.bertscore_layer)
-    models = run_settings.scorers(about.get("preset", "embedded"), *named)
+    models = scorers.scorers(about.get("preset", "embedded"), *named)
     digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
     made_from = {"file_sha256": digest} | models.record()
     scores = None if flags.overwrite else read_scores(scores_path(path))

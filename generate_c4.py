@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from kv_compression.data import embedded, reading
-from kv_compression.io.errors import Parser, UsageError, is_main_process, quiet_libraries, ratio, run_script
+from kv_compression.io.errors import UsageError, is_main_process, quiet_libraries, run_script
+from kv_compression.io.flags import Parser, ratio
+from kv_compression.io.machine import has_bf16
 from kv_compression.io.results import results_of_run
-from run_clm import METHODS
+from kv_compression.methods import NAMES
 
 
 def parse() -> argparse.Namespace:
@@ -20,7 +22,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model_dir", required=True, help="the output folder of a run of run_clm.py")
-    add("--method", choices=METHODS)
+    add("--method", choices=NAMES)
     add("--bound_ratio", type=ratio, help="(method and ratio: those of the run)")
     add("--docs_file", help=".jsonl, .json, .csv or .txt (allenai/c4 en, validation; embedded preset: its test text)")
     add("--num_documents", type=int, default=200)
@@ -77,18 +79,19 @@ def main() -> None:
     from kv_compression import settings as run_settings
     from kv_compression.generation import records, sampling
     from kv_compression.io import processes
-    from kv_compression.io.whole_files import file_name
-    from kv_compression.methods import METHODS
+    from kv_compression.io.ownership import file_name
+    from kv_compression.methods import METHODS, rule_of
     from kv_compression.model.attention import compressed_attention
     from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
     from kv_compression.spans import self_information as information
+    from kv_compression.spans.plan import plan_of
     from kv_compression.training import run as training_run
 
     state = processes.state()
     processes.load_whole_models()
     precision = flags.mixed_precision
-    precision = ("bf16" if run_settings.has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, trained = processes.one_first(training_run.load_run, flags.model_dir, precision)
+    precision = ("bf16" if has_bf16() else "no") if precision == "auto" else precision
+    tokenizer, model, trained = processes.main_first(training_run.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
     # Full attention has no ratio: that of the run is not meant.
     asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
@@ -99,7 +102,7 @@ def main() -> None:
         raise UsageError(f"{flags.model_dir} was trained with {trained.method}: it has no sentinels to compress with")
     options = {"method": method.name, "bound_ratio": asked, "max_span_length": longest, "seed": flags.seed}
     if method.name != trained.method:
-        options |= {name: getattr(run_settings.Settings, name) for name in run_settings.OF_KV_COMPRESSION}
+        options |= {name: getattr(run_settings.Settings, name) for name in run_settings.OPTIONS_OF_METHODS}
     settings = replace(trained, **options, isolate_documents=False, position_ids_by_document=False)
     settings.check(in_blocks=False)
     sampler = sampling.Sampler(
@@ -119,9 +122,9 @@ def main() -> None:
     if method.uses_sentinels and settings.protocol == "matched" and asked:
         # A window that fits a training block may leave a shorter prefix no room for spans.
         lengths = [len(unended(tokenizer, document.prefix)) for document in documents]
-        window = min(map(settings.span_plan().window, lengths))
+        window = min(map(plan_of(settings).window, lengths))
         settings = replace(settings, recent_tokens=min(settings.recent_tokens, window))
-    rule, plan = settings.rule(*(ids if method.uses_sentinels else (-1, -1))), settings.span_plan()
+    rule, plan = rule_of(settings, *(ids if method.uses_sentinels else (-1, -1))), plan_of(settings)
     about = {
         "method": method.name,
         "bound_ratio": asked,
@@ -148,7 +151,7 @@ def main() -> None:
         return [sampling.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
     # A ratio that cannot be had ends the run before it leaves anything.
-    prefixes = processes.divided(read_prefixes, documents)
+    prefixes = processes.split_work(read_prefixes, documents)
     done = processes.on_main(records.continue_file, path, about, flags.overwrite)
 
     def sample(batches: list[list[sampling.Document]]) -> list[list[dict]]:
@@ -168,7 +171,7 @@ def main() -> None:
         compressed_attention(model, rule=rule),
     ):
         for start in range(0, len(missing), state.num_processes):
-            sampled = processes.divided(sample, missing[start : start + state.num_processes])
+            sampled = processes.split_work(sample, missing[start : start + state.num_processes])
             found = [record for batch in sampled for record in batch if record["index"] not in done]
             processes.on_main(records.append, path, found)
             tokens += sum(record["new_tokens"] for record in found)

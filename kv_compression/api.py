@@ -25,6 +25,7 @@ from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.architectures import check_architecture
@@ -44,7 +45,7 @@ from kv_compression.model.vocabulary import (
     unended,
     unset_rows,
 )
-from kv_compression.spans.exact import entries_to_remove, exact_spans, widest_window
+from kv_compression.spans.exact import exact_spans
 
 OF_A_RULE = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
 

@@ -20,11 +20,12 @@ import eval_generation
 from kv_compression import settings as run_settings
 from kv_compression.data import blocks as data_blocks
 from kv_compression.data import reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import records, sampling, scorers
 from kv_compression.generation.scoring import score_records
 from kv_compression.io import disk_cache, results
 from kv_compression.io.errors import UsageError
 from kv_compression.io.tensor_files import read_tensors, write_tensors
+from kv_compression.methods import rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
@@ -124,7 +125,7 @@ ABOUT = {
     "top_p": 0.9,
     "continuations": 2,
 }
-MADE_FROM = {"file_sha256": "0"} | run_settings.ScorerModels("encoder", 6, "model").record()
+MADE_FROM = {"file_sha256": "0"} | scorers.ScorerModels("encoder", 6, "model").record()
 
 
 def bert(references, texts):
@@ -138,7 +139,7 @@ def fluency(texts):
 def use_generation(path: Path) -> None:
     """What eval_generation.py and generate_c4.py do with a generation file, but for the models."""
     about = records.read_about(path) or {}
-    models = run_settings.scorers(about.get("preset", "embedded"), None, None)
+    models = scorers.scorers(about.get("preset", "embedded"), None, None)
     assert models.bertscore
     records.continue_file(path, about, overwrite=False)
     found = eval_generation.score(path, about, MADE_FROM, (bert, fluency))
@@ -257,7 +258,7 @@ def test_results(tmp_path, undrawn):
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
         training_run._differences(found["settings"], SETTINGS.identity())
         settings = training_run.recorded_settings(found, "x")
-        settings.rule(CL, CR)
+        rule_of(settings, CL, CR)
         assert settings.method in training_run.METHODS
 
     fuzz("results.json", lambda draw: damaged_json(draw, RESULTS), use)

@@ -15,15 +15,15 @@ import transformers
 import eval_generation
 from kv_compression import settings as run_settings
 from kv_compression.io.errors import RunError
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
 from kv_compression.model import lora
 from kv_compression.sweep import jobs as sweep_jobs
 from kv_compression.training import run as training_run
 from tests import test_report
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in (".", "kv_compression", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kv_compression").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "yaml"}
 NEVER_CALLED = {
     *(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded, reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import records, sampling, scorers
 from kv_compression.io import strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.processes import END_WITH_PARENT
@@ -60,8 +60,7 @@ class Run(NamedTuple):
         The untouched model is scored by the one run that does nothing else. Options of KV compression are not for
         other methods, but for the sinks of sink attention.
         """
-        others = set() if METHODS[self.method].uses_sentinels else set(run_settings.OF_KV_COMPRESSION)
-        others -= {"sink_tokens"} if self.method == "sink_attention" else set()
+        others = run_settings.options_of_others(self.method)
         own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
         own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
         return as_flags(own | {name: value for name, value in given.items() if name not in others})
@@ -200,7 +199,7 @@ def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
 
 def scoring(folder: Path, preset: str) -> Step:
     """Claim 2's second half for the run in `folder`."""
-    path, scorers = folder / "generation.jsonl", run_settings.scorers(preset, None, None)
+    path, models = folder / "generation.jsonl", scorers.scorers(preset, None, None)
 
     def done() -> bool:
         try:
@@ -208,7 +207,7 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= scorers.record()
+        made_from |= models.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
     return Step([sys.executable, str(SCRIPTS / "eval_generation.py"), str(path)], done)

@@ -25,13 +25,13 @@ from kv_compression.data.blocks import SPLITS, Blocks, cut_blocks, tokenize
 from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.data.reading import OFFLINE, load_file, load_hub_split
 from kv_compression.io import ownership, processes, strict_json
-from kv_compression.io.commit import commit_of_project
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.fields import is_measured
 from kv_compression.io.hub import check_hub
+from kv_compression.io.machine import commit_of_project
 from kv_compression.io.results import RESULTS, read_results, results_of_run, write_json
 from kv_compression.io.tensor_files import digest
-from kv_compression.methods import METHODS
+from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.rule import Rule
 from kv_compression.model.attention import FLEX, SORTED_FLEX, compressed_attention
 from kv_compression.model.loading import cast, merge_adapter, stored_dtype
@@ -39,6 +39,7 @@ from kv_compression.model.lora import LORA_ALPHA, LORA_DROPOUT, add_lora, lora_t
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
 from kv_compression.sharing.model_card import CARD, write_card
+from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import cached_self_information
 from kv_compression.training.checkpoints import FOLDER, Checkpoint, Checkpoints
 from kv_compression.training.evaluation import Evaluation, evaluate
@@ -224,7 +225,7 @@ def _run(settings: Settings, resume: bool, source: Path | None = None) -> dict:
 
 def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     """The checkpoint to go on from, None if there is none: the same in every process, whatever files each sees."""
-    newest = processes.together(checkpoints.read, here=processes.state().is_main_process)
+    newest = processes.run_everywhere(checkpoints.read, here=processes.state().is_main_process)
     step = processes.on_main(lambda: newest and newest.step)
 
     def same() -> Checkpoint | None:
@@ -233,7 +234,7 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
             raise RunError(f"not every process can read the checkpoint of step {step}: they must share --output_dir")
         return found
 
-    return processes.together(same)
+    return processes.run_everywhere(same)
 
 
 def finish(settings: Settings, results: dict, writer: Scalars | None = None) -> None:
@@ -310,7 +311,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     main = processes.state().is_main_process
     is_new = [path for path in (folder / LOCK, folder) if not path.exists()] if main else []
-    lock = processes.together(_lock, folder, here=main)
+    lock = processes.run_everywhere(_lock, folder, here=main)
     try:
         yield
     finally:
@@ -449,7 +450,7 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
         rows |= split_off_validation(rows, percentage)
     if settings.eval_only:
         rows.pop("train", None)
-    plan = settings.span_plan()
+    plan = plan_of(settings)
     in_text = plan if settings.protocol == "paper" else None
     on_blocks = plan if settings.protocol == "matched" else None
     by_document = settings.isolate_documents or settings.position_ids_by_document
@@ -463,14 +464,14 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
     blocks, information = {}, {}
     for split, texts in rows.items():
         how = (in_text, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model)
-        stream = processes.one_first(tokenize, texts, tokenizer, split, *how, settings.documents)
+        stream = processes.main_first(tokenize, texts, tokenizer, split, *how, settings.documents)
         columns = cut_blocks(stream, settings.block_size, split)
         most = None if split == "train" else settings.max_eval_blocks
         blocks[split] = {name: column[:most] for name, column in columns.items()}
         if informed:
             identity = f"{settings.model_name_or_path} {revision or weights_digest(settings)} {model.dtype}"
             asked = (model.to(accelerator.device), identity, blocks[split]["input_ids"])
-            information[split] = processes.one_first(cached_self_information, *asked)
+            information[split] = processes.main_first(cached_self_information, *asked)
     if method.uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     splits = {
@@ -492,7 +493,7 @@ def read_blocks(settings: Settings, tokenizer, model, accelerator, revision=None
                 blocks[index]
         except ValueError as error:
             raise UsageError(f"block {index} of the {blocks.split} split: {error}") from error
-    return settings.rule(cl_id, cr_id), splits
+    return rule_of(settings, cl_id, cr_id), splits
 
 
 def split_off_validation(rows: dict, percentage: int) -> dict:
