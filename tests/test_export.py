@@ -88,7 +88,7 @@ def test_bad_folders_take_one_line(run, tmp_path):
     ]:
         with pytest.raises(error, match=words):
             export.export(run, tmp_path / output)
-    with pytest.raises(UsageError, match="in the run's own folder"):
+    with pytest.raises(UsageError, match="inside the folder of the run"):
         export.export(run, Path(run) / "whole")
     with pytest.raises(UsageError, match="not the output folder of a finished run"):
         export.export(str(tmp_path / "mine"), tmp_path / "out")
