@@ -85,13 +85,13 @@ def main() -> None:
     from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
     from kv_compression.spans import self_information as information
     from kv_compression.spans.plan import plan_of
-    from kv_compression.training import run as training_run
+    from kv_compression.training import loading
 
     state = processes.state()
     processes.load_whole_models()
     precision = flags.mixed_precision
     precision = ("bf16" if has_bf16() else "no") if precision == "auto" else precision
-    tokenizer, model, trained = processes.main_first(training_run.load_run, flags.model_dir, precision)
+    tokenizer, model, trained = processes.main_first(loading.load_run, flags.model_dir, precision)
     method = METHODS[flags.method or trained.method]
     # Full attention has no ratio: that of the run is not meant.
     asked = 0.0 if method.name == "full_attention" else trained.bound_ratio
@@ -146,7 +146,7 @@ def main() -> None:
     def read_prefixes(documents: list[sampling.Document]) -> list[list[int]]:
         inform = None
         if plan.compress and plan.sampler == "self_information":
-            inform = information.informant(training_run.load_model(settings)[1].to(state.device))
+            inform = information.informant(loading.load_model(settings)[1].to(state.device))
         how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
         return [sampling.prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 

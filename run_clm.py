@@ -25,6 +25,7 @@ def main() -> None:
     from kv_compression.io import hub, processes, results
     from kv_compression.sharing import model_card
     from kv_compression.training import run as training_run
+    from kv_compression.training import run_folder
 
     state = processes.state()
 
@@ -34,16 +35,16 @@ def main() -> None:
 
     settings = run_settings.resolve(flags | {"num_processes": state.num_processes})
     say(f"preset {settings.preset} ({settings.preset_reason}), results in {settings.output_dir}")
-    source = None if resume in (None, "latest") else training_run.other_run(resume, settings.output_dir)
-    found = processes.on_main(training_run.finished, settings, overwrite, bool(resume) and source is None)
+    source = None if resume in (None, "latest") else run_folder.other_run(resume, settings.output_dir)
+    found = processes.on_main(run_folder.finished, settings, overwrite, bool(resume) and source is None)
     if found is not None:
         say("this run is finished already; --overwrite runs it again")
-        processes.on_main(training_run.finish, settings, found)
+        processes.on_main(run_folder.finish, settings, found, model_card.write_card)
     folder = Path(settings.output_dir)
     # Before hours of training, not after them.
     repository = None if upload_to is None else processes.on_main(hub.destination, upload_to, folder)
     resumes = source is not None or (bool(resume) and not overwrite)
-    found = found or training_run.run(settings, resumes, source)
+    found = found or training_run.run(settings, resumes, source, model_card.write_card)
     say(results.summary(found))
     if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)

@@ -53,6 +53,7 @@ from kv_compression.settings import Settings
 from kv_compression.spans.exact import exact_spans
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop
+from kv_compression.training.schedule import Schedule, StepData
 
 CL, CR = 50277, 50278
 RATIO, SPAN = 0.5, 25
@@ -166,9 +167,9 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     model = lora.add_lora(model, lora.lora_targets(model, None), settings.r, sentinels)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     prepared = training_loop.prepare(model, accelerator, settings)
-    schedule = training_loop.Schedule(settings, len(blocks), 1)
+    schedule = Schedule(settings, len(blocks), 1)
     scheduler = transformers.get_scheduler("constant", prepared.optimizer)
-    data = training_loop.StepData(blocks, schedule, 0, fixed_spans=False)
+    data = StepData(blocks, schedule, 0, fixed_spans=False)
     prepared.token_losses.train()
     rule = KVCompression(CL, CR) if sentinels else FullAttention()
     causal_kernel = settings.method == "full_attention" and settings.attn_implementation == "sdpa"

@@ -80,7 +80,7 @@ def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32
         base = results["model"]
         if base != EMBEDDED and not os.path.isdir(base):  # or downloads try again for a minute
             check_hub(base, "model", "an export of the run (export_model.py), which needs no other")
-        from kv_compression.training.run import load_run
+        from kv_compression.training.loading import load_run
 
         tokenizer, model, _ = load_run(folder, "bf16" if dtype == torch.bfloat16 else "no")
     attach(model, folder)

@@ -62,7 +62,7 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("archive.jsonl", gzip.compress(b'{"text": "x"}\n'), RunError, "cannot be read"),
         ("surrogates.json", '[{"text": "\\ud800"}]', RunError, "surrogates not allowed"),
         ("deep.json", "[" * 100_000, RunError, "recursion"),
-        ("list.json", '["a"]', RunError, "row 1 is no object, but str"),
+        ("list.json", '["a"]', RunError, "row 1 is not an object, but str"),
         ("wide.csv", 'text,id\na,1\n"b\nb",c,2\n', RunError, "line 4 has more fields"),
         ("open.csv", 'text\n"a\n', RunError, "unexpected end of data"),
         ("head.csv", "text\n", UsageError, "holds no text"),

@@ -34,10 +34,9 @@ from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
 from kv_compression.reporting import collecting, plotting, writing
-from kv_compression.training import run as training_run
-from kv_compression.training.checkpoints import Checkpoints
+from kv_compression.training import loading, run_folder
+from kv_compression.training.checkpoints import Checkpoints, capture, restore
 from kv_compression.training.evaluation import Evaluation
-from kv_compression.training.loop import capture, restore
 from tests import fuzzing, test_report
 from tests.fuzzing import altered, damaged, damaged_json, fuzz
 from tests.models import random_model
@@ -256,10 +255,10 @@ def test_results(tmp_path, undrawn):
         found = results.read_results(folder)
         assert results.summary(found).isprintable()
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
-        training_run._differences(found["settings"], SETTINGS.identity())
-        settings = training_run.recorded_settings(found, "x")
+        run_folder.differences(found["settings"], SETTINGS.identity())
+        settings = loading.recorded_settings(found, "x")
         rule_of(settings, CL, CR)
-        assert settings.method in training_run.METHODS
+        assert settings.method in loading.METHODS
 
     fuzz("results.json", lambda draw: damaged_json(draw, RESULTS), use)
 
@@ -282,7 +281,7 @@ def test_scores(tmp_path, undrawn):
 def test_scores_before_fine_tuning(tmp_path):
     def use(content: bytes) -> None:
         (tmp_path / "untrained.json").write_bytes(content)
-        found = training_run.read_untrained(tmp_path)
+        found = run_folder.read_untrained(tmp_path)
         if found is None:  # scored again
             raise UsageError("no scores")
         assert results.summary(RESULTS | found | {"untrained": found}).isprintable()

@@ -108,16 +108,16 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     import accelerate
 
     from kv_compression import settings as run_settings
+    from kv_compression.data.splits import read_splits
     from kv_compression.methods.kv_compression import KVCompression
     from kv_compression.model.attention import compressed_attention
     from kv_compression.model.loss import TokenLosses
-    from kv_compression.training import run as training_run
     from kv_compression.training.evaluation import evaluate
 
     settings = run_settings.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    _, splits = training_run.read_blocks(settings, fresh, None, accelerator)
+    _, splits = read_splits(settings, fresh, None, accelerator.device)
     rule = KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")

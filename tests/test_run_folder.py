@@ -138,7 +138,7 @@ def test_what_was_made_of_a_run_goes_with_it_and_not_without_being_asked(call, t
     (Path("run") / "results.json").rename("results.json")
     status, _, errors = call()
     assert status == 2
-    assert "was made of an earlier run (README.md, generation.about.json, generation.jsonl)" in errors[0]
+    assert "was made from an earlier run (README.md, generation.about.json, generation.jsonl)" in errors[0]
     text = generated.read_text()
     generated.write_text(text.replace('"index": 0', '"my": 1, "index": 0'))
     status, _, errors = call("--overwrite")
@@ -155,7 +155,7 @@ def test_a_card_that_cannot_be_written_costs_no_results(call, monkeypatch, capsy
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(training_run, "write_card", fail)
+        patched.setattr(model_card, "write_card", fail)
         for expected in ("test perplexity", "finished already"):
             status, out, errors = call()
             assert (status, errors) == (0, [])
@@ -169,16 +169,16 @@ def test_a_card_that_cannot_be_written_costs_no_results(call, monkeypatch, capsy
     assert call("--overwrite")[0] == 0
 
 
-def test_what_goes_wrong_behind_the_results_is_one_line(call, monkeypatch, capsys):
+def test_what_goes_wrong_after_the_results_is_one_line(call, monkeypatch, capsys):
     def fail(*_):
         raise RunError("README.md cannot be written")
 
-    monkeypatch.setattr(training_run, "write_card", fail)
+    monkeypatch.setattr(model_card, "write_card", fail)
     written = []
     monkeypatch.setattr(sys.stderr, "write", written.append)
     assert call()[0] == 0
-    told = [line for line in "".join(written).splitlines() if "warning" in line]
-    assert told == [
+    warnings = [line for line in "".join(written).splitlines() if "warning" in line]
+    assert warnings == [
         "warning: the run is finished, but README.md cannot be written: the same command tries again",
     ]
 

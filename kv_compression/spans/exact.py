@@ -1,6 +1,6 @@
-"""Which spans to compress: samplers that return sorted, disjoint, inclusive `(first, last)` pairs.
+"""Random spans that remove exactly the stated share, and how much spans can remove.
 
-Knows numbers only: how long a text is, the ratio asked for, the longest span allowed.
+All samplers here return sorted, disjoint, inclusive `(first, last)` pairs.
 """
 
 import random
@@ -13,7 +13,7 @@ Span = tuple[int, int]
 
 
 def as_generator(rng) -> np.random.Generator:
-    """A numpy generator from one, from a `random.Random` (which advances), or from a seed (an int or several)."""
+    """`rng` as a numpy generator: one already, a `random.Random` (which advances), or a seed (an int or several)."""
     if isinstance(rng, random.Random):
         return np.random.default_rng(rng.getrandbits(64))
     return np.random.default_rng(rng)
@@ -29,11 +29,11 @@ def exact_spans(
     first: int = 0,
     last: int | None = None,
 ) -> list[Span]:
-    """Spans of at most max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
+    """Spans of at most `max_span_length` tokens at random places that remove exactly round(ratio · num_tokens) entries.
 
-    A span of n tokens removes n − cr_tokens, at least 1; spans lie in [first, last), by default everywhere. Lengths are
-    drawn as in the paper (uniform, as far as the exact sum leaves a choice), gaps uniformly. Raises ValueError, naming
-    the bound, if so many cannot be removed. (This project.)
+    A span of n tokens removes n − cr_tokens entries, at least 1. Spans lie in [first, last), by default anywhere.
+    Lengths are uniform as in the paper, as far as the exact sum leaves a choice; gaps are uniform. `rng` is what
+    `as_generator` takes. ValueError, naming the bound, if spans cannot remove that many. (This project.)
     """
     to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     if to_remove == 0:
@@ -42,7 +42,7 @@ def exact_spans(
     rng = as_generator(rng)
     longest = max_span_length - cr_tokens  # what one span can remove
 
-    # As many spans as uniform lengths would take, within what leaves room for them all.
+    # As many spans as uniform lengths would take, as long as there is room for all of them.
     needed = -(-to_remove // longest)
     drawn = rng.integers(1, longest + 1, size=to_remove).cumsum()
     num_spans = int(np.searchsorted(drawn, to_remove)) + 1
@@ -56,7 +56,7 @@ def exact_spans(
         left -= removals[-1]
     rng.shuffle(removals)  # the bounds above depend on the order of drawing
 
-    # Choosing which of (spans and single tokens, in a row) are the spans makes all gaps equally likely.
+    # Line up spans and single tokens, and choose which of them are the spans: then all gaps are equally likely.
     outside = region - to_remove - num_spans * cr_tokens
     places = np.sort(rng.choice(outside + num_spans, size=num_spans, replace=False))
     spans, shift = [], first

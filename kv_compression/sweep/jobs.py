@@ -26,7 +26,7 @@ from kv_compression.methods import METHODS
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.settings import Settings
 from kv_compression.sweep.claims import Claim, Claims, GivenUp
-from kv_compression.training import run as training_run
+from kv_compression.training import run_folder
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 FULL = FullAttention.name  # full attention, the baseline
@@ -144,7 +144,7 @@ def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str])
     def done() -> bool:
         found = (read_results(Path(settings.output_dir)) or {}).get("settings") or {}
         there = {name: found[name] for name in any_of if name in found}
-        return training_run.finished(replace(settings, **there), overwrite=False) is not None
+        return run_folder.finished(replace(settings, **there), overwrite=False) is not None
 
     return Step([sys.executable, str(SCRIPTS / "run_clm.py"), *flags], done)
 
