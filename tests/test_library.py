@@ -16,13 +16,13 @@ import transformers
 import kv_compression as kvc
 from kv_compression import api
 from kv_compression.data import embedded
-from kv_compression.generation.sampling import prefill
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import compressed_attention
+from kv_compression.model.reading import prefill
 from kv_compression.sharing.export import export
 from kv_compression.training import loading
 from tests.conftest import sentences

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-import eval_generation
 from kv_compression import settings as run_settings
+from kv_compression.generation.records import scores_path
 from kv_compression.io.errors import RunError
 from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
@@ -146,7 +146,7 @@ def test_text_becomes_a_plain_name_of_its_own():
 
 @pytest.mark.parametrize("name", ["a b|c", "été\n", "$(id)", "\udcff"])
 def test_names_of_given_files_are_plain_in_results_and_of_scores(name):
-    assert PLAIN.fullmatch(eval_generation.scores_path(Path("folder") / f"{name}.jsonl").name)
+    assert PLAIN.fullmatch(scores_path(Path("folder") / f"{name}.jsonl").name)
     assert PLAIN.fullmatch(run_settings.Settings(train_file=f"folder/{name}.txt").identity()["train_file"])
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded, reading
-from kv_compression.generation import records, sampling, scorers
+from kv_compression.generation import documents, records, scorers
 from kv_compression.io import strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.processes import END_WITH_PARENT
@@ -178,8 +178,8 @@ class Continuations:
             texts = embedded.embedded_text()["test"]["text"]
         else:
             return about
-        found = sampling.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        return about | {"documents": len(found), "documents_sha256": sampling.documents_digest(found)}
+        found = documents.pick_documents(texts, self.num_documents, self.prefix_words, self.continuation_words)
+        return about | {"documents": len(found), "documents_sha256": documents.documents_digest(found)}
 
 
 def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
