@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,15 @@ from kv_compression.io.errors import RunError, run_script
 from kv_compression.io.results import read_results
 from kv_compression.methods import METHODS
 from kv_compression.sweep import jobs as sweep_jobs
-from kv_compression.sweep import plan as planning
 from kv_compression.sweep import slurm, workers
+from kv_compression.sweep.plan import PlannedRun, plan, spread
 from kv_compression.sweep.workers import Workers
 from tests.conftest import sentences
+from tests.stand_in_slurm import FULL, StandInSlurm
 
 ROOT = Path(__file__).parent.parent
 RATIOS = [number / 10 for number in range(1, 10)]
+BOTH = ["kv_compression", "local_attention"]
 
 
 def run(module, *flags) -> int:
@@ -48,15 +49,17 @@ def run(module, *flags) -> int:
         signal.signal(signal.SIGTERM, on_end)
 
 
+def write_texts(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory) -> list[str]:
     """Flags of run_clm.py for a run that takes no time, and a folder with its files."""
     folder = tmp_path_factory.mktemp("texts")
-    for name, seed in (("train", 0), ("test", 1)):
-        rows = [json.dumps({"text": text}) for text in sentences(24, seed)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    texts = [" ".join(sentences(6, seed)) for seed in range(2, 5)]
-    (folder / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    write_texts(folder / "train.jsonl", sentences(24, 0))
+    write_texts(folder / "test.jsonl", sentences(24, 1))
+    write_texts(folder / "docs.jsonl", [" ".join(sentences(6, seed)) for seed in range(2, 5)])
     flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--train_file", f"{folder}/train.jsonl"]
     flags += ["--test_file", f"{folder}/test.jsonl", "--block_size", "32", "--max_span_length", "8"]
     return [*flags, "--max_train_steps", "2", "--max_eval_blocks", "2"]
@@ -66,25 +69,9 @@ def settings_of(flags) -> run_settings.Settings:
     return run_settings.resolve(run_clm.parse(flags)[0])
 
 
-def pretend(job, **others) -> Path:
-    """Leave results where a job's run would, of the settings that it has but for `others`."""
-    chosen = settings_of(job.steps[0].command[2:])
-    content = dict.fromkeys(("perplexity", "removed_fraction"), 1.0) | vars(chosen)
-    path = Path(chosen.output_dir) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content | {"settings": chosen.identity() | others}))
-    return path
-
-
-def test_the_order_of_ratios():
-    assert planning.spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
-    assert planning.spread([0.9, 0.5]) == [0.5, 0.9]
-    assert planning.spread([0.5]) == [0.5]
-
-
 @given(st.lists(st.floats(0, 0.99), min_size=1, max_size=40))
-def test_any_beginning_of_the_ratios_covers_their_range(values):
-    order = planning.spread(values)
+def test_the_first_ratios_cover_their_range(values):
+    order = spread(values)
     assert sorted(order) == sorted(set(values))
     ranks = {value: rank for rank, value in enumerate(sorted(order))}
     for count in range(3, len(order) + 1):
@@ -94,33 +81,20 @@ def test_any_beginning_of_the_ratios_covers_their_range(values):
 
 
 def test_the_order_of_runs():
-    runs = planning.plan(["kv_compression", "local_attention"], [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
-    assert [run.name for run in runs[:5]] == [
-        "full_attention_0.0",
-        "full_attention_0.0_untrained",
-        "kv_compression_0.5",
-        "kv_compression_0.5_paper",
-        "local_attention_0.5",
-    ]
+    assert spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
+    runs = plan(BOTH, [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
+    first = ["full_attention_0.0", "full_attention_0.0_untrained", "kv_compression_0.5", "kv_compression_0.5_paper"]
+    assert [run.name for run in runs[:5]] == [*first, "local_attention_0.5"]
     assert [run.ratio for run in runs if run.method == "local_attention"] == [0.5, 0.9, 0.1] * 2
     assert [run.seed for run in runs] == [0] * 11 + [3] * 10
-    assert runs[11].name == "full_attention_0.0_seed3"
-    assert runs[-2].name == "kv_compression_0.1_paper_seed3"
+    assert (runs[11].name, runs[-2].name) == ("full_attention_0.0_seed3", "kv_compression_0.1_paper_seed3")
 
 
 def test_with_accumulation_every_protocol_has_its_own_baselines():
     """The protocols then train with other learning rates."""
-    runs = planning.plan(["kv_compression", "local_attention"], [0.5], [0], ["matched", "paper"], accumulation=3)
-    assert [run.name for run in runs] == [
-        "full_attention_0.0",
-        "full_attention_0.0_paper",
-        "full_attention_0.0_untrained",
-        "full_attention_0.0_paper_untrained",
-        "kv_compression_0.5",
-        "kv_compression_0.5_paper",
-        "local_attention_0.5",
-        "local_attention_0.5_paper",
-    ]
+    runs = plan(BOTH, [0.5], [0], ["matched", "paper"], accumulation=3)
+    each = ["full_attention_0.0{}", "full_attention_0.0{}_untrained", "kv_compression_0.5{}", "local_attention_0.5{}"]
+    assert [run.name for run in runs] == [name.format(end) for name in each for end in ("", "_paper")]
     assert [run.protocol for run in runs] == ["matched", "paper"] * 4
 
 
@@ -131,7 +105,7 @@ def test_with_accumulation_every_protocol_has_its_own_baselines():
     st.sampled_from([["paper"], ["matched"], ["paper", "matched"]]),
 )
 def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, protocols):
-    runs = planning.plan(methods, ratios, seeds, protocols)
+    runs = plan(methods, ratios, seeds, protocols)
     assert len({run.name for run in runs}) == len(runs)
     assert sum(run.eval_only for run in runs) == 1
     sentinels = sum(METHODS[method].uses_sentinels for method in methods)
@@ -143,7 +117,7 @@ def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, prot
 
 def test_options_of_kv_compression_are_for_kv_compression():
     asked = {"cr_tokens": 2, "sink_tokens": 4, "r": 8, "lora_target_modules": ("a", "b"), "fixed_spans": True}
-    flags = {method: planning.PlannedRun(method, 0.5, "matched").flags(asked) for method in METHODS}
+    flags = {method: PlannedRun(method, 0.5, "matched").flags(asked) for method in METHODS}
     assert flags["kv_compression"][10:14] == ["--cr_tokens", "2", "--sink_tokens", "4"]
     assert flags["local_attention"][10:] == ["--r", "8", "--lora_target_modules", "a", "b", "--fixed_spans"]
     assert flags["sink_attention"][10:13] == ["--sink_tokens", "4", "--r"]
@@ -153,44 +127,44 @@ def test_options_of_kv_compression_are_for_kv_compression():
 def jobs(tiny, tmp_path):
     """Makes the jobs of a sweep in `tmp_path`; `others` are more flags for its runs."""
 
-    def jobs(methods=("kv_compression", "local_attention"), protocols=("matched",), **others):
-        runs = planning.plan(methods, [0.5], [0], protocols)
+    def jobs(protocols=("matched",), **others):
         given = {name: value for name, value in run_clm.parse(tiny)[0].items() if value is not None}
-        return sweep_jobs.make_jobs(runs, tmp_path, given | others, settings_of)
+        return sweep_jobs.make_jobs(plan(BOTH, [0.5], [0], protocols), tmp_path, given | others, settings_of)
 
     return jobs
 
 
-def names(jobs) -> list[str]:
-    return [job.name for job in jobs]
+def pretend(job, **others) -> Path:
+    """Leave results where a job's run would, of its settings except for `others`."""
+    chosen = settings_of(job.steps[0].command[2:])
+    content = dict.fromkeys(("perplexity", "removed_fraction"), 1.0) | vars(chosen)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "results.json"
+    path.write_text(json.dumps(content | {"settings": chosen.identity() | others}))
+    return path
 
 
 def missing(jobs) -> list[str]:
-    return names(job for job in jobs if job.missing())
+    return [job.name for job in jobs if job.missing()]
 
 
-def test_what_is_there_is_not_missing(jobs):
-    found = jobs()
-    assert missing(found) == names(found)
-    pretend(found[0])
-    pretend(found[3])
-    assert missing(found) == ["full_attention_0.0_untrained", "kv_compression_0.5"]
-
-
-def test_results_of_another_machine_and_of_the_protocol_without_meaning_count(jobs):
-    found = jobs()
-    for job in found:
+def test_finished_runs_are_not_missing_whatever_machine_made_them(jobs):
+    names = ["full_attention_0.0", "full_attention_0.0_untrained", "kv_compression_0.5", "local_attention_0.5"]
+    assert missing(jobs()) == names
+    for job in jobs()[::3]:
+        pretend(job)
+    assert missing(jobs()) == names[1:3]
+    for job in jobs():
         pretend(job, attn_implementation="flex_attention", mixed_precision="bf16")
-    assert missing(found) == []
-    assert missing(jobs(protocols=("paper", "matched"))) == ["kv_compression_0.5_paper"]
-    assert missing(jobs(protocols=("paper",))) == ["kv_compression_0.5_paper"]
-    assert set(sweep_jobs.print_commands(jobs(mixed_precision="no"))) == set(names(found))  # bf16 is there
+    assert missing(jobs()) == []
+    assert missing(jobs(("paper", "matched"))) == missing(jobs(("paper",))) == ["kv_compression_0.5_paper"]
+    assert list(sweep_jobs.print_commands(jobs(mixed_precision="no"))) == names  # bf16 is there
 
 
 def test_another_experiment_in_the_folder_is_reported_and_left_alone(jobs, tmp_path):
     paths = [pretend(job) for job in jobs()]
     failed = sweep_jobs.run_missing(jobs(learning_rate=0.5), Workers())
-    assert set(failed) == set(names(jobs()))
+    assert len(failed) == 4
     assert all("learning_rate 0.001 there, 0.5 here" in reason for reason in failed.values())
     assert all(path.exists() for path in paths)
     assert not (tmp_path / "logs").exists()
@@ -199,17 +173,17 @@ def test_another_experiment_in_the_folder_is_reported_and_left_alone(jobs, tmp_p
 STUB = """
 import os, signal, sys, time
 folder, name, seconds, status = sys.argv[1:]
-told = []
+heard = []
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: told.append(signal.Signals(number).name))
-with open(f"{folder}/log", "a") as log:
-    log.write(f"{name} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
+    signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+with open(f"{folder}/started", "a") as file:
+    file.write(f"{name} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
 end = time.monotonic() + float(seconds)
-while time.monotonic() < end and not told:
+while time.monotonic() < end and not heard:
     time.sleep(0.02)
-if told:
+if heard:
     time.sleep(0.5)  # for more signals
-    open(f"{folder}/{name}.told", "w").write(" ".join(told))
+    open(f"{folder}/{name}.heard", "w").write(" ".join(heard))
     time.sleep(600 if status == "stubborn" else 0)
     sys.exit(130)
 print("output of", name, flush=True)
@@ -220,24 +194,25 @@ open(f"{folder}/{name}.done", "w").close()
 """
 
 
-def stub(folder, name, seconds=0.0, status=0, steps=1) -> sweep_jobs.Job:
+def stub(folder, name, seconds=0.0, status=0, steps=1, script="stub.py") -> sweep_jobs.Job:
     """A job whose steps note their process, take a while, and note the signals that end them."""
     folder.mkdir(exist_ok=True)
-    (folder / "stub.py").write_text(STUB)
+    (folder / script).write_text(STUB)
     found = []
     for number in range(steps):
         own = f"{name}{number or ''}"
-        command = [sys.executable, str(folder / "stub.py"), str(folder), own, str(seconds), str(status)]
+        command = [sys.executable, str(folder / script), str(folder), own, str(seconds), str(status)]
         found.append(sweep_jobs.Step(command, (folder / f"{own}.done").exists))
+    (folder / name).mkdir(exist_ok=True)
     return sweep_jobs.Job(folder / name, found)
 
 
-def log(folder) -> list[str]:
-    path = folder / "log"
-    return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+def started(folder, column=0) -> list[str]:
+    path = folder / "started"
+    return [line.split()[column] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -251,8 +226,8 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
-def in_another_process(work) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=work)
+def in_another_process(work, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     return process
 
@@ -261,100 +236,79 @@ def test_a_failing_job_is_listed_and_the_others_are_done(tmp_path, capfd):
     found = [stub(tmp_path, "a", steps=2), stub(tmp_path, "b", status=3, steps=2), stub(tmp_path, "c")]
     reason = f"stub.py ended with exit status 3: no luck ({tmp_path}/logs/b.log)"
     assert sweep_jobs.run_missing(found, Workers()) == {"b": reason}
-    assert log(tmp_path) == ["a", "a1", "b", "c"]
+    assert started(tmp_path) == ["a", "a1", "b", "c"]
     out, err = capfd.readouterr()
     assert out.splitlines() == ["a (1 of 3)", "b (2 of 3)", "c (3 of 3)"]
     assert err.splitlines()[:2] == ["output of a", "output of a1"]
     assert (tmp_path / "logs" / "c.log").read_text() == "output of c\n"
     (tmp_path / "a1.done").unlink()
     assert sweep_jobs.run_missing(found[:1], Workers()) == {}
-    assert log(tmp_path)[4:] == ["a1"]
+    assert started(tmp_path)[4:] == ["a1"]
 
 
-def test_what_failed_here_and_was_done_by_another_has_not_failed(tmp_path):
-    failing = stub(tmp_path, "a", status=3)
-    by_then_done = failing._replace(steps=[failing.steps[0]._replace(done=lambda: "b" in log(tmp_path))])
-    assert sweep_jobs.run_missing([by_then_done, stub(tmp_path, "b")], Workers()) == {}
-    assert log(tmp_path) == ["a", "b"]
+def test_a_job_fails_by_what_it_leaves(tmp_path):
+    """What failed here and another process has done has not failed, what leaves no results has, and runs once."""
 
+    def job(name, status, done):
+        job = stub(tmp_path, name, status=status)
+        return job._replace(steps=[job.steps[0]._replace(done=done)])
 
-def test_a_command_that_leaves_nothing_is_not_repeated_for_ever(tmp_path):
-    job = stub(tmp_path, "a")
-    job = job._replace(steps=[job.steps[0]._replace(done=lambda: False)])
-    assert "results are missing" in sweep_jobs.run_missing([job], Workers())["a"]
-    assert log(tmp_path) == ["a"]
+    found = [job("a", 3, lambda: "b" in started(tmp_path)), job("b", 0, lambda: False)]
+    assert sweep_jobs.run_missing(found, Workers()) == {"b": "all commands succeeded, but their results are missing"}
+    assert started(tmp_path) == ["a", "b"]
 
 
 def test_several_at_a_time_share_the_machine(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = [stub(tmp_path, "a", 600), *(stub(tmp_path, name) for name in "bcd")]
-    (tmp_path / "end").touch()
 
     def end_a():
-        wait_until(lambda: sorted(log(tmp_path)) == ["a", "b", "c", "d"])
-        pids = {line.split()[0]: int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines()}
-        os.kill(pids["a"], signal.SIGTERM)
+        wait_until(lambda: len(started(tmp_path)) == 4)
+        os.kill(int(started(tmp_path, 1)[started(tmp_path).index("a")]), signal.SIGTERM)
 
-    other = threading.Thread(target=end_a)
-    other.start()
+    threading.Thread(target=end_a).start()
+    found = [stub(tmp_path, "a", 600), *(stub(tmp_path, name) for name in "bcd")]
     failed = sweep_jobs.run_missing(found, Workers(2))
-    other.join()
     assert failed == {"a": f"stub.py ended with exit status 130 ({tmp_path}/logs/a.log)"}
-    assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {
-        str(max(1, len(os.sched_getaffinity(0)) // 2))
-    }
+    assert set(started(tmp_path, 2)) == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
     assert "output of" not in capfd.readouterr().err
 
-
-def test_a_gpu_each_in_turn(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [Workers(3)._share(slot) for slot in range(3)] == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "010"]
+    assert [Workers(3)._share(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     assert Workers(2)._share(1) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
     assert Workers(1)._share(0) == {}
 
 
 def test_a_run_that_another_process_works_on_is_skipped(tmp_path, capsys):
-    found = [stub(tmp_path, "a", steps=2), stub(tmp_path, "b")]
-    (tmp_path / "a").mkdir()
-    with workers.locked(tmp_path / "a" / "run.lock"):
-        assert sweep_jobs.run_missing(found, Workers()) == {}
-        assert sweep_jobs.print_commands(found) == {}
-    assert log(tmp_path) == ["b"]
-    assert capsys.readouterr().out.splitlines()[2:] == ["a: another process is working on this run, skipped here"]
+    found = [stub(tmp_path, "a", seconds=1), stub(tmp_path, "b")]
+    other = in_another_process(sweep_jobs.run_missing, found[:1], Workers())
+    wait_until(lambda: started(tmp_path))
+    assert sweep_jobs.run_missing(found, Workers()) == sweep_jobs.print_commands(found) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["a (1 of 2)", "b (2 of 2)", "a: another process is working on this run, skipped here"]
     assert sweep_jobs.summary(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
-
-    (tmp_path / "a0").mkdir()
-    holding = stub(tmp_path, "a0", seconds=600)
-    other = in_another_process(lambda: sweep_jobs.run_missing([holding], Workers()))
-    wait_until(lambda: "a0" in log(tmp_path))  # what a sweep starts without a lock of its own is locked, too
-    assert workers.is_locked(tmp_path / "a0" / "run.lock")
-    other.kill()
     other.join()
+    assert started(tmp_path) == ["a", "b"]
+    assert sweep_jobs.summary(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
 
 
-def test_a_run_that_locks_itself_after_the_look_is_skipped_too(tmp_path, capsys):
-    job = stub(tmp_path, "a", status=1)
-    script = tmp_path / "run_clm.py"
-    script.write_text(f"import filelock, time\nopen('{tmp_path}/log', 'w').write('a 0 0')\ntime.sleep(1)\nexit(1)")
-    (tmp_path / "a").mkdir()
-    job = job._replace(steps=[job.steps[0]._replace(command=[sys.executable, str(script)])])
+def test_a_run_that_finds_its_folder_locked_is_skipped_too(tmp_path, capsys):
+    """Another process has taken the lock between the sweep's look and the run's own."""
     taken = workers.locked(tmp_path / "a" / "run.lock")
-    threading.Thread(target=lambda: (wait_until(lambda: log(tmp_path)), taken.__enter__())).start()
-    assert sweep_jobs.run_missing([job], Workers()) == {}
+    threading.Thread(target=lambda: (wait_until(lambda: started(tmp_path)), taken.__enter__())).start()
+    assert sweep_jobs.run_missing([stub(tmp_path, "a", 1, status=1, script="run_clm.py")], Workers()) == {}
     assert "skipped" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing ends a killed sweep's run elsewhere")
 def test_a_killed_sweep_ends_its_run_and_the_next_one_continues(tmp_path):
-    killed = in_another_process(lambda: sweep_jobs.run_missing([stub(tmp_path, "a", 600)], Workers()))
-    wait_until(lambda: log(tmp_path))
+    killed = in_another_process(sweep_jobs.run_missing, [stub(tmp_path, "a", 600)], Workers())
+    wait_until(lambda: started(tmp_path))
     killed.kill()
     killed.join()
-    pid = int((tmp_path / "log").read_text().split()[1])
-    wait_until(lambda: not is_running(pid))
-    assert (tmp_path / "a.told").read_text() == "SIGTERM"
+    wait_until(lambda: not is_running(*started(tmp_path, 1)))
+    assert (tmp_path / "a.heard").read_text() == "SIGTERM"
     assert sweep_jobs.run_missing([stub(tmp_path, "a")], Workers()) == {}
 
 
@@ -368,113 +322,66 @@ def test_runs_hear_once_of_what_the_terminal_tells_all_processes(tmp_path, numbe
         os._exit(7)
 
     worker = in_another_process(work)
-    wait_until(lambda: len(log(tmp_path)) == 2)
+    wait_until(lambda: len(started(tmp_path)) == 2)
     os.killpg(worker.pid, number)
     worker.join()
     assert worker.exitcode == 7
-    assert [(tmp_path / f"{name}.told").read_text() for name in "ab"] == ["SIGTERM"] * 2
-    assert log(tmp_path) == ["a", "b"] or log(tmp_path) == ["b", "a"]
+    assert [(tmp_path / f"{name}.heard").read_text() for name in "ab"] == ["SIGTERM"] * 2
+    assert sorted(started(tmp_path)) == ["a", "b"]
 
 
 def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "GRACE", 1)
 
     def interrupt():
-        wait_until(lambda: log(tmp_path))
+        wait_until(lambda: started(tmp_path))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         sweep_jobs.run_missing([stub(tmp_path, "a", 600, "stubborn")], Workers())
-    assert not is_running(int((tmp_path / "log").read_text().split()[1]))
+    assert not is_running(*started(tmp_path, 1))
 
 
-SBATCH = """#!/bin/sh
-cd "$SLURM_STAND_IN" && cp "$1" script && cat "$1" >>scripts || exit
-last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' script)
-number=$((101 + $(ls | grep -c '^taken')))
-touch taken_$number
-for task in $(seq 0 "${last:-0}"); do
-    id=$number${last:+_$task}
-    touch queued_$id
-    (
-        export SLURM_JOB_ID=$number STAND_IN_ID=$id
-        [ "$last" ] && export SLURM_ARRAY_JOB_ID=$number SLURM_ARRAY_TASK_ID=$task
-        cp script script_$id
-        sh script_$id
-        while rm requeue_$id; do sh script_$id; done
-        rm queued_$id
-    ) >output 2>&1 &
-done
-echo "Submitted batch job $number"
-"""
-SRUN = """#!/bin/sh
-while :; do
-    case $1 in --unbuffered) shift ;; --output | --error) shift 2 ;; *) break ;; esac
-done
-echo $$ >"$SLURM_STAND_IN/pid_$STAND_IN_ID"
-exec "$@"
-"""
-SCONTROL = """#!/bin/sh
-[ "$1" = requeue ] && touch "$SLURM_STAND_IN/requeue_$2"
-"""
-SQUEUE = """#!/bin/sh
-cd "$SLURM_STAND_IN" && ls | sed -n 's/^queued_//p'
-"""
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch) -> Path:
-    """A slurm of shell scripts that start jobs at once; returns the folder of its state."""
+def test_a_job_array_is_requeued_at_its_limit_and_resumes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("submitit")
-    state, programs = tmp_path / "slurm state", tmp_path / "bin"
-    for folder in (state, programs):
-        folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN", str(state))
-    yield state
-    wait_until(lambda: not list(state.glob("queued_*")))
-
-
-def test_a_job_array_is_requeued_at_its_limit_and_resumes(cluster, tmp_path, monkeypatch, capsys):
+    cluster, folder = StandInSlurm(tmp_path), tmp_path / "a sweep"
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)  # not where this package is
-    folder = tmp_path / "a sweep"
-    jobs = [stub(folder, "a", 600, steps=2), stub(folder, "b", status=3)]
-    submit = partial(slurm.submit, folder=folder, options={"partition": "gpu", "gpus_per_node": 1, "licenses": "x"})
-    submit(sweep_jobs.tasks(jobs, {}))
-    assert capsys.readouterr().out.splitlines()[:2] == ["a: submitted as job 101_0", "b: submitted as job 101_1"]
-    lines = (cluster / "scripts").read_text().splitlines()
-    for flag in ("array=0-1%2", "partition=gpu", "gpus-per-node=1", "licenses=x", "requeue", "signal=USR2@150"):
-        assert f"#SBATCH --{flag}" in lines
-    wait_until(lambda: (cluster / "queued_101_1").exists() is False and log(folder))
-    submit(sweep_jobs.tasks(jobs[:1], {}))
-    assert capsys.readouterr().out.splitlines() == ["a: is job 101_0 in slurm's queue"]
+    found = [stub(folder, "a", 600, steps=2), stub(folder, "b", status=3)]
 
-    wait_until(lambda: "a" in log(folder))
+    def submit() -> list[str]:
+        slurm.submit(sweep_jobs.tasks(found, {}), folder, {"partition": "gpu", "gpus_per_node": 1, "licenses": "x"})
+        return capsys.readouterr().out.splitlines()
+
+    assert submit()[:2] == ["a: submitted as job 101_0", "b: submitted as job 101_1"]
+    flags = [line.removeprefix("#SBATCH --") for line in cluster.script().splitlines()]
+    expected = {"array=0-1%2", "partition=gpu", "gpus-per-node=1", "licenses=x", "requeue", "signal=USR2@150"}
+    assert expected <= set(flags)
+    wait_until(lambda: cluster.queued() == ["101_0"] and "a" in started(folder))
+    cluster.install("sbatch", FULL)
+    with pytest.raises(RunError, match="slurm did not take the runs: sbatch: error: no more jobs"):
+        submit()
+    ended = f"b: job 101_1 ended before its work was done, see {folder}/logs/b.log"
+    assert capsys.readouterr().out.splitlines() == ["a: is job 101_0 in slurm's queue", ended]
+
     (folder / "stub.py").write_text(STUB.replace("float(seconds)", "0"))
-    os.kill(int((cluster / "pid_101_0").read_text()), signal.SIGUSR2)
-    wait_until((folder / "a1.done").exists)
-    assert (folder / "a.told").read_text() == "SIGTERM"
-    assert sorted(log(folder)) == ["a", "a", "a1", "b"]
-    wait_until(lambda: not list(cluster.glob("queued_*")))
-    submit(sweep_jobs.tasks(jobs, {}))
-    ended, again, _ = capsys.readouterr().out.splitlines()
-    assert ended == f"b: job 101_1 ended before its work was done, see {folder}/logs/b.log"
-    assert again == "b: submitted as job 102"
+    cluster.warn("101_0", signal.SIGUSR2)
+    wait_until(lambda: not cluster.queued())
+    assert (folder / "a.heard").read_text() == "SIGTERM"
+    assert sorted(started(folder)) == ["a", "a", "a1", "b"]
+    assert missing(found) == ["b"]
 
 
-def test_without_submitit_or_slurm_one_line_says_what_is_missing(tmp_path, monkeypatch):
+def test_without_slurm_or_submitit_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    for missing, words in (("slurm", "no slurm on this machine"), ("submitit", "pip install submitit")):
-        if missing == "submitit":
-            monkeypatch.setitem(sys.modules, "submitit", None)
-        else:
-            pytest.importorskip("submitit")
-        with pytest.raises(RunError, match=words):
-            slurm.submit([], tmp_path, {})
+    pytest.importorskip("submitit")
+    with pytest.raises(RunError, match="no slurm on this machine"):
+        slurm.submit([], tmp_path, {})
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(RunError, match="pip install submitit"):
+        slurm.submit([], tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -592,7 +499,7 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert [found["untrained"] for found in results] == [None] * 3
 
     flags += ["--claims", "1,2", "--docs_file", Path(tiny[5]).parent / "docs.jsonl", "--num_documents", "2"]
-    flags += ["--num_continuations", "2"]
+    flags += ["--num_continuations", "2", "--prefix_words", "20", "--continuation_words", "4"]
     in_this_process.clear()
     assert run(script, *flags) == 0
     assert in_this_process == ["generate_c4", "eval_generation"] * 3

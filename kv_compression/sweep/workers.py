@@ -55,8 +55,8 @@ class Workers:
     def run(self, tasks: Iterable[Task]) -> dict[str, RunError]:
         """Carry out the tasks; returns why the ones that failed did, by name.
 
-        A task is asked for when there is room for it. Any other exception (KeyboardInterrupt, or OSError if a log cannot
-        be written) stops all that is running.
+        A task is asked for when there is room for it. Any other exception (KeyboardInterrupt, an OSError where a log
+        cannot be written) stops all that is running.
         """
         tasks, running, failed = iter(tasks), {}, {}
         try:
