@@ -30,6 +30,7 @@ from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.architectures import check_architecture
 from kv_compression.model.attention import Patch, patch
 from kv_compression.model.cache import SentinelCache
+from kv_compression.model.following import refuse_misreading
 from kv_compression.model.parts import causal_lm_of, decoder_of, input_device
 from kv_compression.model.vocabulary import (
     CL_TOKEN,
@@ -164,7 +165,7 @@ def _careful_generate(self, inputs=None, generation_config=None, *args, **kwargs
         if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
             raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
         assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
-        cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
+        refuse_misreading(cache, ids, kwargs.get("attention_mask"), slices=not assisted)
     return type(self).generate(self, inputs, generation_config, *args, **kwargs)
 
 

@@ -529,7 +529,7 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert in_this_process == ["run_clm"] * 4
     *_, done, head, full, compressed, local, command = capsys.readouterr().out.splitlines()
     assert done == f"all 4 runs are finished, in {tmp_path}/sweep"
-    assert head.split() == ["method", "ratio", "removed", "attended", "perplexity", "seconds"]
+    assert head.split() == ["method", "ratio", "removed", "attended", "kept", "perplexity", "seconds"]
     assert [line.split()[0] for line in (full, compressed, local)] == [
         *("full_attention", "kv_compression", "local_attention"),
     ]

@@ -17,6 +17,7 @@ from kv_compression.io.errors import UsageError
 from kv_compression.io.whole_files import PARTIAL, partial_name, usual_mode, write_whole
 
 LIST = ".kv_compression_files.jsonl"  # a line a file: its path in the folder, and what it holds
+LONGEST = 1 << 16  # bytes that the list may grow to before it is written anew
 # What a file holds, if not "sha256:…":
 ANYTHING = "anything"  # its name was made up for it, or it may be damaged: ours whatever it holds
 LOG = "log"  # it grows: appended to, and removed only as its listed content
@@ -28,13 +29,13 @@ def sha256(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def listed(folder: Path) -> dict[str, set[str]]:
-    """What each file in the folder's list may hold, by path; the file that was listed last comes last."""
+def listed(folder: Path) -> dict[str, list[str]]:
+    """What each file in the folder's list may hold, by path; what was listed last comes last."""
     try:
         lines = (folder / LIST).read_bytes().split(b"\n")
     except OSError:
         return {}
-    found: dict[str, set[str]] = {}
+    found: dict[str, list[str]] = {}
     for line in lines:
         try:
             entry = strict_json.loads(line)
@@ -43,9 +44,9 @@ def listed(folder: Path) -> dict[str, set[str]]:
         name, holds = (entry.get(key) if isinstance(entry, dict) else None for key in ("file", "holds"))
         if not isinstance(name, str) or not isinstance(holds, str) or not _is_inside(name):
             continue
-        known = found.pop(name, set())
+        known = found.pop(name, [])
         if holds != GONE:
-            found[name] = known | {holds}
+            found[name] = [each for each in known if each != holds] + [holds]
     return found
 
 
@@ -58,7 +59,10 @@ def _is_inside(name: str) -> bool:
 def announce(folder: Path, files: dict[str, str]) -> None:
     """Add files and what they hold to the folder's list, safely on disk. OSError if the disk refuses."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(json.dumps({"file": name, "holds": holds}).encode() + b"\n" for name, holds in files.items())
+    lines = b"".join(_line(name, holds) for name, holds in files.items())
+    with suppress(FileNotFoundError):
+        if (folder / LIST).stat().st_size > LONGEST:
+            write_whole(folder / LIST, b"".join(_what_counts(folder)))
     with (folder / LIST).open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -68,20 +72,35 @@ def announce(folder: Path, files: dict[str, str]) -> None:
         os.fsync(file.fileno())
 
 
+def _line(name: str, holds: str) -> bytes:
+    return json.dumps({"file": name, "holds": holds}).encode() + b"\n"
+
+
+def _what_counts(folder: Path) -> Iterator[bytes]:
+    """The lines of the folder's list without what is known to be gone, and of every file its last two contents only.
+
+    Two, because a kill may have come before the last.
+    """
+    for name, holds in listed(folder).items():
+        if not is_partial(name) or os.path.lexists(folder / name):
+            contents = [each for each in holds if each not in (ANYTHING, LOG)][-2:]
+            yield from (_line(name, each) for each in holds if each in (ANYTHING, LOG, *contents))
+
+
 def is_ours(path: Path, folder: Path | None = None) -> bool:
     """Whether the list of `folder`, the file's own by default, proves that a script has written the file as it is."""
     folder = folder or path.parent
     return _is_proven(folder, path.relative_to(folder).as_posix(), listed(folder))
 
 
-def _is_proven(folder: Path, name: str, names: dict[str, set[str]]) -> bool:
-    path, holds = folder / name, names.get(name, set())
+def _is_proven(folder: Path, name: str, names: dict[str, list[str]]) -> bool:
+    path, holds = folder / name, names.get(name, [])
     if path.is_symlink() or path.parent.resolve() != (folder.resolve() / name).parent:
         return False
     if ANYTHING in holds:
         return os.path.lexists(path)
     with suppress(OSError):
-        if holds - {LOG} and path.is_file():
+        if set(holds) - {LOG} and path.is_file():
             with path.open("rb") as file:
                 return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" in holds
     return False
@@ -147,7 +166,7 @@ def others(folder: Path, but: Collection[str] = ()) -> Iterator[str]:
     yield from _others(folder, "", listed(folder), but)
 
 
-def _others(folder: Path, within: str, names: dict[str, set[str]], but: Collection[str]) -> Iterator[str]:
+def _others(folder: Path, within: str, names: dict[str, list[str]], but: Collection[str]) -> Iterator[str]:
     for entry in sorted(os.scandir(folder / within), key=lambda entry: entry.name):
         name = f"{within}{entry.name}"
         if entry.name.startswith(".") or name in but:

@@ -103,6 +103,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "seed": lambda run: str(run["seed"]),
     "removed": lambda run: figure(run["removed_fraction"], 3),
     "attended": lambda run: figure(run.get("attended_fraction"), 3),
+    "kept": lambda run: figure(run.get("kept_keys_mean"), 1),
     "perplexity": lambda run: figure(run["perplexity"]),
     "untrained": lambda run: figure(_untrained(run)),
     "seconds": lambda run: figure(run.get("wall_seconds"), 0),
@@ -113,7 +114,7 @@ def table(runs: list[dict]) -> str:
     """Runs as a plain-text table, a line each; without columns that say nothing here."""
     columns = [[name, *map(tell, runs)] for name, tell in COLUMNS.items()]
     alike = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
-    idle = {"protocol", "seed"} & alike.keys() | ({"untrained"} if alike.get("untrained") == "-" else set())
+    idle = {"protocol", "seed"} & alike.keys() | {name for name in ("kept", "untrained") if alike.get(name) == "-"}
     columns = [column for column in columns if column[0] not in idle]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(
