@@ -57,3 +57,13 @@ def test_every_flag_is_that_of_a_script():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_tree_names_files_that_exist():
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1]
+    rooms = re.findall(r"^  ((?:\w+/ ?)+) (.+)$", tree, re.MULTILINE)
+    assert len(rooms) > 5
+    for names, line in rooms:
+        folders = [ROOT / "kv_compression" / name for name in names.split()]
+        for file in re.findall(r"\w+\.py", line):
+            assert any((folder / file).exists() for folder in folders), f"{names} {file}"
