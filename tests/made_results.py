@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kv_compression import settings as run_settings
+from kv_compression.generation import scorers
 from kv_compression.reporting import collecting
 
 BASELINES = ("local_attention", "scattered_attention", "sink_attention")
@@ -59,7 +59,7 @@ def scores(method, ratio=0.5, better=0.0, count=20, **changes) -> dict:
         "bertscore_model": "encoder",
         "bertscore_layer": 6,
         "fluency_model": "model",
-        "convention": run_settings.CONVENTION,
+        "convention": scorers.CONVENTION,
         "cache_fraction": 1 - ratio,
         **{name: {"mean": value, "low": value - 0.01, "high": value + 0.01} for name, value in means.items()},
         "documents": documents,

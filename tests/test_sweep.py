@@ -60,7 +60,7 @@ def tiny(tiny_model, tmp_path_factory) -> list[str]:
 
 
 def settings_of(flags) -> run_settings.Settings:
-    return run_settings.resolve(run_clm.parse(flags)[0])
+    return run_settings.resolve(run_settings.parse(flags)[0])
 
 
 def pretend(job, **others) -> Path:
@@ -152,7 +152,7 @@ def jobs(tiny, tmp_path):
 
     def jobs(methods=("kv_compression", "local_attention"), protocols=("matched",), **others):
         runs = sweep_jobs.plan(methods, [0.5], [0], protocols)
-        given = {name: value for name, value in run_clm.parse(tiny)[0].items() if value is not None}
+        given = {name: value for name, value in run_settings.parse(tiny)[0].items() if value is not None}
         return sweep_jobs.jobs(runs, tmp_path, given | others, settings_of)
 
     return jobs

@@ -336,7 +336,7 @@ def _gap(point: Point, plain: Point | None, full: Point | None, aim: float | Non
 
 def judge_claim_2(scores: Sequence[Score], protocol: str) -> list[dict]:
     """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
-    from kv_compression.generation.scoring import FEWEST_DOCUMENTS, bootstrap, paired_p_value
+    from kv_compression.generation.comparing import FEWEST_DOCUMENTS, bootstrap, paired_p_value
 
     rows = []
     for baseline in BASELINES:
