@@ -3,9 +3,7 @@
 Without arguments, every generation file below output/. Parses flags, calls `kv_compression.scoring`, prints a table.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import sys
 from collections import Counter
@@ -14,9 +12,9 @@ from pathlib import Path
 
 from kv_compression.generation import records
 from kv_compression.generation.records import is_scorable, scores_path
-from kv_compression.io import fields, ownership, strict_json
+from kv_compression.io import fields, ownership, strict_json, tables
 from kv_compression.io.errors import Parser, UsageError, is_main_process, printable, quiet_libraries, run_script
-from kv_compression.io.results import figure, write_json, write_text
+from kv_compression.io.results import write_json, write_text
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 SHOWN: fields.Fields = {  # what the table needs of a scores.json, besides the scores
@@ -97,7 +95,7 @@ def main() -> None:
         print(render(table, names_of(scored)))
         for line in comparisons(scored):
             print(line)
-        write_csv(csv_path, table)
+        write_text(csv_path, tables.csv_table(table))
     state.destroy_process_group()
 
 
@@ -173,28 +171,20 @@ def row(path: Path, scores: dict) -> dict:
 def render(table: list[dict], names: dict[Path, str]) -> str:
     """The table as text, with the files' `names`: means with 95% confidence intervals."""
 
-    def cell(line, metric, digits):
-        if line[metric] is None:
-            return "-"
-        mean, low, high = (line[name] for name in (metric, f"{metric}_low", f"{metric}_high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def estimate(metric: str, digits: int):
+        return lambda line: tables.estimate(line[metric], line[f"{metric}_low"], line[f"{metric}_high"], digits)
 
-    head = ("method", "ratio", "documents", "cache", "ROUGE-L", "BERTScore", "perplexity", "token-weighted")
-    lines = [head] + [
-        (
-            names[Path(line["file"])],
-            str(line["bound_ratio"]),
-            str(line["num_documents"]),
-            figure(line["cache_fraction"], 3),
-            cell(line, "rouge_l", 4),
-            cell(line, "bertscore", 4),
-            cell(line, "perplexity", 1),
-            figure(line["perplexity_token_weighted"], 1),
-        )
-        for line in sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0))
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+    columns = {
+        "method": lambda line: names[Path(line["file"])],
+        "ratio": lambda line: line["bound_ratio"],
+        "documents": lambda line: line["num_documents"],
+        "cache": lambda line: tables.figure(line["cache_fraction"], 3),
+        "ROUGE-L": estimate("rouge_l", 4),
+        "BERTScore": estimate("bertscore", 4),
+        "perplexity": estimate("perplexity", 1),
+        "token-weighted": lambda line: tables.figure(line["perplexity_token_weighted"], 1),
+    }
+    return tables.text_table(columns, sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0)))
 
 
 def comparisons(scored: dict[Path, dict]) -> list[str]:
@@ -251,15 +241,6 @@ def names_of(scored: dict[Path, dict]) -> dict[Path, str]:
 def kind(scores: dict) -> tuple:
     """What the table tells files apart by."""
     return (scores.get("method"), scores.get("bound_ratio"))
-
-
-def write_csv(path: Path, table: list[dict]) -> None:
-    """The table with all its numbers."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
-    write_text(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 from kv_compression.generation import records
 from kv_compression.io.errors import RunError, from_here, printable, run_script
 from kv_compression.io.fields import number
-from kv_compression.io.results import figure, read_results
+from kv_compression.io.results import read_results
+from kv_compression.io.tables import figure
 from kv_compression.reporting import plotting
 from kv_compression.reporting.comparing import caveat
 
