@@ -63,10 +63,12 @@ def verdict(differences: pd.Series) -> str:
     return f"{word}, uncertain" if low <= threshold < high else word
 
 
-def nlls(found: pd.DataFrame, method: str, ratio: float, variant: str = "") -> pd.Series:
-    """Nats per token by seed of one method, variant and ratio."""
-    chosen = found[(found.method == method) & (found.variant == variant) & (found.ratio == ratio)]
-    return chosen.set_index("seed").nll
+NONE = pd.Series(dtype=float)
+
+
+def by_point(found: pd.DataFrame, column: str = "nll") -> dict[tuple[str, str, float], pd.Series]:
+    """Of `points`: nats per token by seed, for each method, variant and ratio."""
+    return {key: own for key, own in found.set_index("seed").groupby(["method", "variant", "ratio"])[column]}
 
 
 def difference(kv: pd.Series, other: pd.Series) -> pd.Series:
@@ -81,16 +83,18 @@ def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.D
     neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
     """
     found = {}
-    curve = curve[curve.seed.isin(list(seeds))].dropna(subset="kept_keys_mean")
-    for seed, runs in curve.sort_values(["kept_keys_mean", "nll", "ratio"]).groupby("seed"):
-        lower, upper = runs[runs.kept_keys_mean <= kept].tail(1), runs[runs.kept_keys_mean >= kept].head(1)
-        if len(lower) and len(upper):
-            low, high = lower.iloc[0], upper.iloc[0]
-            below, above = low.kept_keys_mean, high.kept_keys_mean
-            share = (kept - below) / (above - below) if above > below else 0.0
-            gap = round(abs(high.ratio - low.ratio), 6)
-            found[seed] = {"nll": low.nll + share * (high.nll - low.nll), "below": below, "above": above, "gap": gap}
-    between = pd.DataFrame.from_dict(found, orient="index", columns=["nll", "below", "above", "gap"])
+    curve = curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()]
+    for seed, *run in zip(curve.seed, curve.kept_keys_mean, curve.nll, curve.ratio):
+        found.setdefault(seed, []).append(run)
+    rows = {}
+    for seed, runs in found.items():
+        below = max((run for run in runs if run[0] <= kept), default=None)
+        above = min((run for run in runs if run[0] >= kept), default=None)
+        if below and above:
+            share = (kept - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+            nll = below[1] + share * (above[1] - below[1])
+            rows[seed] = nll, below[0], above[0], round(abs(above[2] - below[2]), 6)
+    between = pd.DataFrame.from_dict(rows, orient="index", columns=["nll", "below", "above", "gap"], dtype=float)
     return between[between.gap <= max(STEP, between.gap.min())]
 
 
@@ -101,24 +105,13 @@ def interpolated(name: str, between: pd.DataFrame) -> dict:
     return {f"{name}_{column}": value for column, value in columns.items()}
 
 
-NOTHING = pd.DataFrame(columns=["nll", "below", "above"], dtype=float)
+def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
+    """Sink attention with each number of sinks at a mean number of kept keys, by variant, beside KV compression there.
 
-
-def sinks_beside(found: pd.DataFrame, point: dict) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
-    """Sink attention at as many kept keys as a point of KV compression, by variant: each number of sinks is one.
-
-    Of the variants whose runs reach around the point's kept keys: what was interpolated, and the differences to it.
+    Of the variants whose runs reach around `kept`: what was interpolated, and KV compression's differences to it.
     """
-    beside = {}
-    if point["method"] != KV or math.isnan(point["kept_keys_mean"]):
-        return beside
-    own = nlls(found, KV, point["ratio"], point["variant"])
-    sinks = found[(found.method == SINK) & (found.fine_tuned == point["fine_tuned"])]
-    for variant, curve in sinks.groupby("variant"):
-        between = at_kept_keys(curve, point["kept_keys_mean"], own.index)
-        if len(between):
-            beside[variant] = between, difference(own, between.nll)
-    return beside
+    between = {variant: at_kept_keys(curve, kept, kv.index) for variant, curve in sinks.groupby("variant")}
+    return {variant: (own, difference(kv, own.nll)) for variant, own in between.items() if len(own)}
 
 
 def average(found: pd.DataFrame) -> pd.DataFrame:
@@ -142,52 +135,53 @@ def average(found: pd.DataFrame) -> pd.DataFrame:
 def describe(group: Group, protocol: str) -> list[dict]:
     """A row a point: its means over seeds, and its distance to full attention and to sinks of equal kept keys."""
     found = points(group, protocol)
+    nats, untrained = by_point(found), by_point(found, "untrained")
+    nothing = found[["nll"]].head(0).assign(below=math.nan, above=math.nan), NONE
     rows = []
     for point in average(found).drop(columns=["foreign", "lowest", "highest"]).to_dict("records"):
-        alike = "" if point["fine_tuned"] else UNTUNED
-        own = [point[name] for name in ("method", "ratio", "variant")]
-        beside = sinks_beside(found, point)
-        sinks = beside.get(alike, (NOTHING, pd.Series(dtype=float)))
+        method, variant, ratio, kept = (point[name] for name in ("method", "variant", "ratio", "kept_keys_mean"))
+        own, alike = nats[method, variant, ratio], "" if point["fine_tuned"] else UNTUNED
+        sinks = found[(found.method == SINK) & (found.fine_tuned == point["fine_tuned"])]
+        beside = sinks_beside(sinks, kept, own) if method == KV else {}
         best = max(beside, key=lambda variant: beside[variant][1].mean(), default=None)  # KV compares worst with it
-        best_sinks = beside.get(best, (NOTHING, pd.Series(dtype=float)))
-        point["nats_above_full"] = difference(nlls(found, *own), nlls(found, FULL, 0.0, alike)).mean()
-        point["untrained_perplexity"] = perplexity(_untrained(found, *own)).mean()
-        point |= interpolated("sink", sinks[0]) | {"difference_to_sink": sinks[1].mean(), "best_sink_variant": best}
-        point |= interpolated("best_sink", best_sinks[0]) | {"difference_to_best_sink": best_sinks[1].mean()}
-        rows.append({"protocol": protocol} | point)
+        before = untrained[method, variant, ratio].dropna()
+        if not len(before):
+            before = nats.get((method, ", ".join(filter(None, [variant, UNTUNED])), ratio), NONE)
+        point["nats_above_full"] = difference(own, nats.get((FULL, alike, 0.0), NONE)).mean()
+        point["untrained_perplexity"] = perplexity(before).mean()
+        for name, chosen in (("sink", alike), ("best_sink", best)):
+            between, differences = beside.get(chosen, nothing)
+            point |= interpolated(name, between) | {f"difference_to_{name}": differences.mean()}
+        rows.append({"protocol": protocol} | point | {"best_sink_variant": best})
     return rows
-
-
-def _untrained(found: pd.DataFrame, method: str, ratio: float, variant: str) -> pd.Series:
-    """Nats per token before fine-tuning, as the runs of a point recorded them or else runs without fine-tuning."""
-    own = found[(found.method == method) & (found.ratio == ratio) & (found.variant == variant)].untrained.dropna()
-    return own if len(own) else nlls(found, method, ratio, ", ".join(filter(None, [variant, UNTUNED])))
 
 
 def judge_claim_1(group: Group, protocol: str) -> list[dict]:
     """KV compression against every baseline at every ratio that both have, a row each."""
     found = points(group, protocol)
-    plain = found[found.variant == ""]
-    removed = plain.groupby(["method", "ratio"]).removed_fraction.mean()
+    nats, removed = by_point(found), {key: own.mean() for key, own in by_point(found, "removed_fraction").items()}
     rows = []
     for baseline in BASELINES:
-        for ratio in sorted(set(plain[plain.method == KV].ratio) & set(plain[plain.method == baseline].ratio)):
-            columns = {"kv_removed": removed[KV, ratio], "baseline_removed": removed[baseline, ratio]}
-            others = nlls(found, baseline, ratio)
-            rows += _judge(PROTOCOLS[protocol], baseline, ratio, nlls(found, KV, ratio), others, columns)
+        for method, variant, ratio in nats:
+            kv, other = (method, variant, ratio), (baseline, variant, ratio)
+            if method == KV and not variant and other in nats:
+                columns = {"kv_removed": removed[kv], "baseline_removed": removed[other]}
+                rows += _judge(PROTOCOLS[protocol], baseline, ratio, nats[kv], nats[other], columns)
     return rows
 
 
 def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
     """KV compression against every baseline, interpolated to as many kept keys on average."""
     found = points(group, protocol)
+    nats = by_point(found)
     plain = found[found.variant == ""]
     kept_keys = plain[plain.method == KV].groupby("ratio").kept_keys_mean.mean().dropna()
     rows = []
     for baseline in BASELINES:
+        curve = plain[plain.method == baseline]
         for ratio, kept in kept_keys.items():
-            kv = nlls(found, KV, ratio)
-            between = at_kept_keys(plain[plain.method == baseline], kept, kv.index)
+            kv = nats[KV, "", ratio]
+            between = at_kept_keys(curve, kept, kv.index)
             columns = {"kept_keys": kept} | interpolated("baseline", between)
             rows += _judge(f"equal kept keys, {protocol}", baseline, ratio, kv, between.nll, columns)
     return rows

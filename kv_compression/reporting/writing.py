@@ -93,8 +93,11 @@ def build(found: Found) -> Report:
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
         "dash is what was not measured. `report.py` draws each plot as an SVG, too."
     )
+    described = [
+        {protocol: comparing.describe(group, protocol) for protocol in group.protocols} for group in found.groups
+    ]
     for count, group in enumerate(found.groups, start=1):
-        _group_section(report, group, count)
+        _group_section(report, group, described[count - 1], count)
     for count, scores in enumerate(found.scores, start=1):
         _scores_section(report, scores, count)
     if found.unreadable:
@@ -109,7 +112,7 @@ def build(found: Found) -> Report:
         report.say_each(map(escaped, found.unscored))
     report.say("## Verdicts")
     for count, group in enumerate(found.groups, start=1):
-        _verdict_1(report, group, count)
+        _verdict_1(report, group, described[count - 1], count)
     for count, scores in enumerate(found.scores, start=1):
         _verdict_2(report, scores, count, "" if scores.group is None else _caveat(found.groups[scores.group]))
     if not found.scores:
@@ -169,7 +172,7 @@ def _of_points(varied: bool = False, beside: bool = False, untrained: bool = Fal
     return {name: show for name, show in columns.items() if shown.get(name, True)}
 
 
-def _group_section(report: Report, group: Group, count: int) -> None:
+def _group_section(report: Report, group: Group, described: dict[str, list[dict]], count: int) -> None:
     report.say(f"## {_title(group, count)}")
     settings = ", ".join(f"{name} {value}" for name, value in group.settings.items())
     report.say(f"Shared settings: {escaped(settings)}.")
@@ -180,8 +183,8 @@ def _group_section(report: Report, group: Group, count: int) -> None:
     if "paper" in group.protocols:
         report.say("### Against the ratio asked for, protocol paper")
         _nominal(report, group, count)
-    for protocol in group.protocols:
-        _points_tables(report, comparing.describe(group, protocol), protocol, count)
+    for protocol, rows in described.items():
+        _points_tables(report, rows, protocol, count)
     report.say("### Against what was measured")
     _measured(report, group, count)
     report.say("### Missing runs")
@@ -326,7 +329,7 @@ OF_A_COMPARISON: Columns = {
 }
 
 
-def _verdict_1(report: Report, group: Group, count: int) -> None:
+def _verdict_1(report: Report, group: Group, described: dict[str, list[dict]], count: int) -> None:
     report.say(f"### {_title(group, count)}")
     report.say(
         f"KV compression's test perplexity is about as low as a baseline's, or lower. “Holds” means at most "
@@ -343,7 +346,7 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
         columns = {name: show for name, show in OF_A_COMPARISON.items() if name != "kept keys"}
         report.say(markdown_table(columns, rows))
         report.keep("report_claim_1.csv", rows, group=count)
-    for protocol in group.protocols:
+    for protocol, points_described in described.items():
         rows = comparing.judge_kept_keys(group, protocol)
         report.keep("report_claim_1.csv", rows, group=count)
         if rows:
@@ -356,7 +359,7 @@ def _verdict_1(report: Report, group: Group, count: int) -> None:
             report.say(*_conclusions_1(rows, "compared", aside))
             columns = {name: show for name, show in OF_A_COMPARISON.items() if name != "removed"}
             report.say(markdown_table(columns, rows))
-        _variants_verdict(report, group, protocol)
+        _variants_verdict(report, points_described, protocol)
 
 
 def _conclusions_1(rows: Sequence[dict], what: str, aside: str, published_too: bool = False) -> list[str]:
@@ -387,9 +390,9 @@ def _published_holds(source: str, baseline: str) -> list[float]:
     return [ratio for ratio in GRID if ours[ratio] <= ABOUT_AS_LOW * theirs[ratio]]
 
 
-def _variants_verdict(report: Report, group: Group, protocol: str) -> None:
+def _variants_verdict(report: Report, described: list[dict], protocol: str) -> None:
     """How many variants are at least as good as sink attention at equal kept keys, and which."""
-    rows = pd.DataFrame(comparing.describe(group, protocol)).dropna(subset="number")
+    rows = pd.DataFrame(described).dropna(subset="number")
     lines = []
     for name, words in (("sink", "with 4 sinks"), ("best_sink", "with as many sinks as are best there")):
         compared = rows.rename(columns={f"difference_to_{name}": "nats"}).dropna(subset="nats").sort_values("nats")
