@@ -32,7 +32,7 @@ from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
-from kv_compression.reporting import collecting, plotting, writing
+from kv_compression.reporting import collecting, drawing, writing
 from kv_compression.training import run as training_run
 from kv_compression.training.checkpoints import Checkpoints
 from kv_compression.training.evaluation import Evaluation
@@ -237,11 +237,11 @@ def write_report(folder: Path, out: Path) -> None:
 def undrawn(monkeypatch):
     """Plots as far as they are computed: drawing takes a second."""
 
-    def draw(path, panels, note="", share_y=False):
-        assert all(label.isprintable() for panel in panels for label in [curve.label for curve in panel.curves])
-        list(map(plotting._drawable, panels))
+    def draw(path, picture):
+        assert all(label.isprintable() for panel in picture.panels for label in [curve.label for curve in panel.curves])
+        list(map(drawing.drawable, picture.panels))
 
-    monkeypatch.setattr(plotting, "draw", draw)
+    monkeypatch.setattr(drawing, "draw", draw)
 
 
 def test_results(tmp_path, undrawn):
