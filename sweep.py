@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import run_clm
 from kv_compression import settings as run_settings
-from kv_compression.io.errors import Parser, RunError, UsageError, command_line, quiet_libraries, ratio, run_script
+from kv_compression.io.errors import RunError, UsageError, command_line, quiet_libraries, run_script
+from kv_compression.io.flags import Parser, ratio
+from kv_compression.methods import NAMES
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_HERE = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
@@ -81,7 +82,7 @@ def to_pass_on(flags: list[str], own: Iterable[str]) -> dict:
 
     UsageError if the sweep sets one itself, or a file is not there.
     """
-    given, overwrite, _ = run_clm.parse(flags, also=own)
+    given, overwrite, _ = run_settings.parse(flags, also=own)
     given = {name: value for name, value in given.items() if value is not None}
     ours = [name for name in SET_HERE if name in given] + ["overwrite"] * overwrite
     if ours:
@@ -97,11 +98,11 @@ def to_pass_on(flags: list[str], own: Iterable[str]) -> dict:
 
 def check(flags: argparse.Namespace, given: dict) -> None:
     """Raise UsageError for what no run can have; loads no torch."""
-    for name, known in (("methods", run_clm.METHODS), ("protocols", ("paper", "matched"))):
+    for name, known in (("methods", NAMES), ("protocols", ("paper", "matched"))):
         for value in getattr(flags, name):
             if value not in known:
                 raise UsageError(f"--{name} {value}: choose from {', '.join(known)}")
-    if "kv_compression" in (flags.methods or run_clm.METHODS):  # which may have all options
+    if "kv_compression" in (flags.methods or NAMES):  # which may have all options
         for ratio, protocol in itertools.product(flags.ratios or RATIOS, flags.protocols or [None]):
             of_a_run = {"method": "kv_compression", "bound_ratio": ratio, "protocol": protocol, "preset": flags.preset}
             run_settings.check_flags(given | of_a_run)
@@ -143,7 +144,7 @@ def main() -> None:
         continuations = sweep_jobs.Continuations(**asked, mixed_precision=precision)
 
     def settings_of(words: list[str]) -> run_settings.Settings:
-        return run_settings.resolve(run_clm.parse(words)[0])
+        return run_settings.resolve(run_settings.parse(words)[0])
 
     jobs = sweep_jobs.jobs(runs, folder, given | {"preset": preset}, settings_of, continuations)
     claims = Claims(folder / "claims", flags.claim_timeout)

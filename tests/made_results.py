@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kv_compression import settings as run_settings
+from kv_compression.generation import scorers
 from kv_compression.reporting import collecting
 
 BASELINES = ("local_attention", "scattered_attention", "sink_attention")
@@ -36,7 +36,7 @@ def scores(method, ratio=0.5, better=0.0, count=20, **changes) -> dict:
     means = {name: float(np.mean([found[name] for found in documents.values()])) for name in documents["0"]}
     made = {"method": method, "bound_ratio": ratio, "protocol": "matched", "preset": "embedded"}
     made |= {"documents_sha256": "d0c5", "bertscore_model": "encoder", "bertscore_layer": 6, "fluency_model": "model"}
-    made |= {"convention": run_settings.CONVENTION, "cache_fraction": 1 - ratio, "documents": documents}
+    made |= {"convention": scorers.CONVENTION, "cache_fraction": 1 - ratio, "documents": documents}
     made |= {name: {"mean": value, "low": value - 0.01, "high": value + 0.01} for name, value in means.items()}
     return made | changes
 

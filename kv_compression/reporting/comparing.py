@@ -7,6 +7,7 @@ from itertools import chain
 import pandas as pd
 from scipy import stats
 
+from kv_compression.generation.comparing import FEWEST_DOCUMENTS, bootstrap, paired_p_value
 from kv_compression.io.fields import number
 from kv_compression.reporting.collecting import (
     BASELINES,
@@ -203,8 +204,6 @@ def _judge(comparison: str, baseline: str, ratio: float, kv: pd.Series, others: 
 
 def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
     """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
-    from kv_compression.generation.scoring import FEWEST_DOCUMENTS, bootstrap, paired_p_value
-
     scores = scores[scores.variant == ""]
     found = of_protocol(scores, protocol)
     rows = []

@@ -76,16 +76,17 @@ def kept_keys(rows: pd.DataFrame) -> Picture:
 
 
 def one_ratio(runs: Sequence[tuple[str, str, float]]) -> Picture:
-    """Test perplexity of methods side by side: of `(method, name, perplexity)` of one run each."""
+    """Test perplexity of methods side by side: of `(method, name, perplexity)` of one run each, variants by a star."""
     curves, ticks = [], {}
     for method, name, value in sorted(runs, key=lambda run: run[2]):
         if method == FULL:
             curves.append(_of_method(method, f"{name}: {value:.1f}", [(0.0, value, value, value)]))
             continue
         place = float(len(ticks))
-        ticks[place] = name
+        ticks[place] = f"{name}\n{value:.1f}"
         look = _of_method(method, "", [(place, value, value, value)], "", size=9)
-        curves.append(replace(look, names=[f"{value:.1f}"]))
+        plain = name == label(method)
+        curves.append(look if plain else replace(look, colour=ORANGE, marker="*", size=13))
     return Picture([Panel(PERPLEXITY, curves, x_ticks=ticks, rooms=True)])
 
 

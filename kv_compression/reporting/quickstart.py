@@ -21,6 +21,7 @@ from kv_compression.reporting.collecting import label, row_of
 from kv_compression.reporting.comparing import caveat
 
 FULL, PLAIN, BEST = ("full_attention", "paper"), ("kv_compression", "paper"), ("kv_compression", "best")
+SINK = ("sink_attention", "paper")
 WIDTH = 100  # characters of a line
 SHOWN = 30  # words of a prefix, its last
 
@@ -48,14 +49,15 @@ def against(run: dict, others: Sequence[dict]) -> str:
 
 
 def finding(runs: dict[tuple[str, str], dict]) -> str:
-    """What the runs say of KV compression, as published and with `--recipe best`, a sentence each."""
+    """What the runs say of KV compression, plain and with `--recipe best`, a sentence each."""
     plain, best, full = runs[PLAIN], runs[BEST], runs[FULL]
     rivals = [run for one, run in runs.items() if one not in (PLAIN, BEST, FULL)]
+    kept, sinks = (figure(run.get("kept_keys_mean"), 0) for run in (best, runs[SINK]))
     return (
-        f"With {figure(100 * plain['removed_fraction'], 0)}% of the cache removed, KV compression as published has a "
-        f"test perplexity of {figure(plain['perplexity'], 1)}, {against(plain, rivals)}. With --recipe best it has "
-        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; full attention, which keeps the whole cache, has "
-        f"{figure(full['perplexity'], 1)}."
+        f"With {figure(100 * plain['removed_fraction'], 0)}% of the cache removed, plain KV compression has a test "
+        f"perplexity of {figure(plain['perplexity'], 1)}, {against(plain, rivals)}. With --recipe best it has "
+        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; while it reads it holds {kept} keys on average, "
+        f"sink attention {sinks}; full attention, which keeps the whole cache, has {figure(full['perplexity'], 1)}."
     )
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded, reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import documents, records, scorers
 from kv_compression.io import strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.processes import END_WITH_PARENT
@@ -26,7 +26,7 @@ from kv_compression.methods import METHODS
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.settings import Settings
 from kv_compression.sweep.claims import Claim, Claims, GivenUp
-from kv_compression.training import run as training_run
+from kv_compression.training import run_folder
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 FULL = FullAttention.name  # full attention, the baseline
@@ -60,8 +60,7 @@ class Run(NamedTuple):
         The untouched model is scored by the one run that does nothing else. Options of KV compression are not for
         other methods, but for the sinks of sink attention.
         """
-        others = set() if METHODS[self.method].uses_sentinels else set(run_settings.OF_KV_COMPRESSION)
-        others -= {"sink_tokens"} if self.method == "sink_attention" else set()
+        others = run_settings.options_of_others(self.method)
         own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
         own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
         return as_flags(own | {name: value for name, value in given.items() if name not in others})
@@ -145,7 +144,7 @@ def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str])
     def done() -> bool:
         found = (read_results(Path(settings.output_dir)) or {}).get("settings") or {}
         there = {name: found[name] for name in any_of if name in found}
-        return training_run.finished(replace(settings, **there), overwrite=False) is not None
+        return run_folder.finished(replace(settings, **there), overwrite=False) is not None
 
     return Step([sys.executable, str(SCRIPTS / "run_clm.py"), *flags], done)
 
@@ -179,8 +178,8 @@ class Continuations:
             texts = embedded.embedded_text()["test"]["text"]
         else:
             return about
-        found = sampling.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        return about | {"documents": len(found), "documents_sha256": sampling.documents_digest(found)}
+        found = documents.pick_documents(texts, self.num_documents, self.prefix_words, self.continuation_words)
+        return about | {"documents": len(found), "documents_sha256": documents.documents_digest(found)}
 
 
 def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
@@ -200,7 +199,7 @@ def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
 
 def scoring(folder: Path, preset: str) -> Step:
     """Claim 2's second half for the run in `folder`."""
-    path, scorers = folder / "generation.jsonl", run_settings.scorers(preset, None, None)
+    path, models = folder / "generation.jsonl", scorers.scorers(preset, None, None)
 
     def done() -> bool:
         try:
@@ -208,7 +207,7 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= scorers.record()
+        made_from |= models.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
     return Step([sys.executable, str(SCRIPTS / "eval_generation.py"), str(path)], done)
