@@ -22,7 +22,7 @@ from kv_compression.data import reading
 from kv_compression.generation import comparing, documents, records, scorers
 from kv_compression.generation import run as generation_run
 from kv_compression.generation.scoring import score_records
-from kv_compression.io import disk_cache, results
+from kv_compression.io import disk_cache, results, tables
 from kv_compression.io.errors import UsageError
 from kv_compression.io.tensor_files import read_tensors, write_tensors
 from kv_compression.methods import rule_of
@@ -33,7 +33,7 @@ from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
-from kv_compression.reporting import collecting, plotting, writing
+from kv_compression.reporting import collecting, drawing, writing
 from kv_compression.training import loading, run_folder
 from kv_compression.training.checkpoints import Checkpoints, capture, restore
 from kv_compression.training.evaluation import Evaluation
@@ -154,7 +154,7 @@ def use_scores(found: dict) -> None:
     table = [comparing.row(path, scores) for path, scores in scored.items()]
     assert len(comparing.as_text(table, comparing.names_of(scored)).splitlines()) == 3
     assert all(line.isprintable() for line in comparing.comparisons(scored))
-    assert len(comparing.as_csv(table).splitlines()) == 3
+    assert len(tables.csv_table(table).splitlines()) == 3
 
 
 RECORDS = [RECORD | {"index": index} for index in range(3)]
@@ -235,11 +235,11 @@ def write_report(folder: Path, out: Path) -> None:
 def undrawn(monkeypatch):
     """Plots as far as they are computed: drawing takes a second."""
 
-    def draw(path, panels, note="", share_y=False):
-        assert all(label.isprintable() for panel in panels for label in [curve.label for curve in panel.curves])
-        list(map(plotting._drawable, panels))
+    def draw(path, picture):
+        assert all(label.isprintable() for panel in picture.panels for label in [curve.label for curve in panel.curves])
+        list(map(drawing.drawable, picture.panels))
 
-    monkeypatch.setattr(plotting, "draw", draw)
+    monkeypatch.setattr(drawing, "draw", draw)
 
 
 def test_results(tmp_path, undrawn):

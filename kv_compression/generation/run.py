@@ -23,6 +23,7 @@ from kv_compression.io.errors import UsageError, printable
 from kv_compression.io.machine import has_bf16
 from kv_compression.io.ownership import file_name
 from kv_compression.io.results import RESULTS, write_json, write_text
+from kv_compression.io.tables import csv_table
 from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
@@ -291,5 +292,5 @@ def write_table(scored: dict[Path, dict], csv_path: Path) -> str:
         if trouble:
             lines.append(printable(f"{path}: not scored: {trouble}"))
     table = [comparing.row(path, scores) for path, scores in scored.items()]
-    write_text(csv_path, comparing.as_csv(table))
+    write_text(csv_path, csv_table(table))
     return "\n".join([*lines, comparing.as_text(table, comparing.names_of(scored)), *comparing.comparisons(scored)])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kv_compression.io import ownership, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line, printable, run_script
-from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
+from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all
+from kv_compression.io.tables import figure, text_table
 
 RESULTS = "results.json"
 
@@ -111,27 +112,15 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(runs: list[dict]) -> str:
-    """Runs as a plain-text table, one per line, without columns that say nothing here."""
-    columns = [[name, *map(show, runs)] for name, show in COLUMNS.items()]
-    constant = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
-    needless = {"protocol", "seed"} & constant.keys() | {
-        name for name in ("kept", "untrained") if constant.get(name) == "-"
-    }
-    columns = [column for column in columns if column[0] not in needless]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in zip(*columns)
-    )
+    """Runs as a text table, a line each, without columns that say nothing here."""
+    shown = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
+    alike = {name for name, cells in shown.items() if len(set(cells)) == 1}
+    idle = alike & {"protocol", "seed"} | {name for name in alike & {"kept", "untrained"} if shown[name][0] == "-"}
+    return text_table({name: show for name, show in COLUMNS.items() if name not in idle}, runs)
 
 
 def _untrained(run: dict) -> float | None:
     return (run.get("untrained") or {}).get("perplexity")
-
-
-def figure(value: float | None, digits: int = 2) -> str:
-    """A number with this many decimals, "-" if there is none."""
-    return "-" if number(value) is None else f"{value:.{digits}f}"
 
 
 def main() -> None:
