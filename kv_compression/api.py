@@ -24,11 +24,10 @@ from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.architectures import check_architecture
+from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
 from kv_compression.model.attention import Patch, patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.model.following import GenerateGuard
-from kv_compression.model.parts import causal_lm_of, decoder_of, input_device
 from kv_compression.model.reading import as_batch, prefill
 from kv_compression.model.vocabulary import (
     CL_TOKEN,

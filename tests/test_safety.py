@@ -17,8 +17,9 @@ from kv_compression.generation.records import scores_path
 from kv_compression.io.errors import RunError
 from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
+from kv_compression.methods import METHODS
 from kv_compression.model import lora
-from kv_compression.sweep import jobs as sweep_jobs
+from kv_compression.sweep.plan import plan
 from kv_compression.training import loading, run_folder
 from tests import test_report
 
@@ -151,7 +152,7 @@ def test_names_of_given_files_are_plain_in_results_and_of_scores(name):
 
 
 def test_names_made_of_settings_are_plain():
-    runs = sweep_jobs.plan(list(sweep_jobs.METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
+    runs = plan(list(METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     assert all(PLAIN.fullmatch(name) for name in names)

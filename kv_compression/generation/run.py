@@ -29,7 +29,7 @@ from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
 from kv_compression.settings import Settings
 from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import informant
-from kv_compression.training.run import load_model, load_run
+from kv_compression.training.loading import load_model, load_run
 
 
 def generate(request: GenerationRequest) -> str:

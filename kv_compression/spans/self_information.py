@@ -18,8 +18,8 @@ from kv_compression.io.errors import UsageError, one_line
 from kv_compression.io.machine import find_spacy_model, missing_spacy
 from kv_compression.io.tensor_files import digest
 from kv_compression.methods.sentinels import IGNORED
+from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import input_device
 from kv_compression.settings import SPAN_UNITS
 
 SPACY_CHARACTERS = 100_000  # that spaCy parses at once: it takes about 10 KB of memory a character
