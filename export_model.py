@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from kv_compression.io import results
-from kv_compression.io.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression.io.errors import UsageError, quiet_libraries, run_script
+from kv_compression.io.flags import Parser
 
 
 def parse() -> argparse.Namespace:

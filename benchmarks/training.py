@@ -41,6 +41,7 @@ from torch._inductor.exc import InductorError
 from torch.nn.functional import cross_entropy
 
 from kv_compression.data.blocks import Blocks
+from kv_compression.io.machine import has_bf16
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
@@ -48,7 +49,7 @@ from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model import lora
 from kv_compression.model.attention import compressed_attention
-from kv_compression.settings import Settings, has_bf16
+from kv_compression.settings import Settings
 from kv_compression.spans.exact import exact_spans
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop

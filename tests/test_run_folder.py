@@ -10,7 +10,7 @@ import pytest
 
 import generate_c4
 import run_clm
-from kv_compression.io import commit, hub, ownership
+from kv_compression.io import hub, machine, ownership
 from kv_compression.io.errors import RunError
 from kv_compression.sharing import model_card
 from kv_compression.training import run as training_run
@@ -237,26 +237,26 @@ def test_results_name_the_commit(call, monkeypatch, tmp_path):
 
 
 def test_a_commit_is_that_of_the_projects_own_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(commit, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(machine, "PROJECT", tmp_path / "project")
     (tmp_path / "project").mkdir()
-    assert commit.commit_of_project() is None
+    assert machine.commit_of_project() is None
 
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
 
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "-m", "somebody's")
-    assert commit.commit_of_project() is None  # of another project around it
-    monkeypatch.setattr(commit, "PROJECT", tmp_path)
+    assert machine.commit_of_project() is None  # of another project around it
+    monkeypatch.setattr(machine, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    found = commit.commit_of_project()
+    found = machine.commit_of_project()
     assert len(found) == 40
     (tmp_path / "a.py").write_text("1")
-    assert commit.commit_of_project() == found
+    assert machine.commit_of_project() == found
     monkeypatch.delenv("GIT_DIR")
     git("add", "a.py")
-    assert commit.commit_of_project() == f"{found}+changes"
+    assert machine.commit_of_project() == f"{found}+changes"
     git("tag", "-a", "v1", "-m", "a tag")
-    assert commit.commit_of_project() == f"{found}+changes"
+    assert machine.commit_of_project() == f"{found}+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit.commit_of_project() is None
+    assert machine.commit_of_project() is None

@@ -12,18 +12,19 @@ import pytest
 import torch
 import transformers
 
-import eval_generation
 from kv_compression import settings as run_settings
+from kv_compression.generation.records import scores_path
 from kv_compression.io.errors import RunError
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
+from kv_compression.methods import METHODS
 from kv_compression.model import lora
-from kv_compression.sweep import jobs as sweep_jobs
+from kv_compression.sweep.plan import plan
 from kv_compression.training import loading, run_folder
 from tests import test_report
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in (".", "kv_compression", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kv_compression").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "yaml"}
 NEVER_CALLED = {
     *(
@@ -146,12 +147,12 @@ def test_text_becomes_a_plain_name_of_its_own():
 
 @pytest.mark.parametrize("name", ["a b|c", "été\n", "$(id)", "\udcff"])
 def test_names_of_given_files_are_plain_in_results_and_of_scores(name):
-    assert PLAIN.fullmatch(eval_generation.scores_path(Path("folder") / f"{name}.jsonl").name)
+    assert PLAIN.fullmatch(scores_path(Path("folder") / f"{name}.jsonl").name)
     assert PLAIN.fullmatch(run_settings.Settings(train_file=f"folder/{name}.txt").identity()["train_file"])
 
 
 def test_names_made_of_settings_are_plain():
-    runs = sweep_jobs.plan(list(sweep_jobs.METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
+    runs = plan(list(METHODS), [1e-07, 0.1, 0.123456789], [0, 2**32 - 1], ["paper", "matched"])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     assert all(PLAIN.fullmatch(name) for name in names)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError
+from kv_compression.io.machine import find_spacy_model, installed_spacy
 from kv_compression.io.tensor_files import digest
 from kv_compression.methods.sentinels import insert_sentinels, is_text, next_text_token
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.spans.paper import paper_spans
 from kv_compression.spans.plan import SpanPlan
-from kv_compression.spans.self_information import find_spacy_model, installed_spacy, unit_starts
+from kv_compression.spans.self_information import unit_starts
 
 if TYPE_CHECKING:
     import datasets  # imported where it is used: it takes a second, and the library does not need it

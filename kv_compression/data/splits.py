@@ -11,10 +11,11 @@ from kv_compression.data.reading import load_file, load_hub_split
 from kv_compression.io import processes
 from kv_compression.io.errors import UsageError
 from kv_compression.io.tensor_files import digest
-from kv_compression.methods import METHODS
+from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.rule import Rule
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
+from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import cached_self_information
 
 
@@ -27,7 +28,7 @@ def read_splits(
     is missing, or too short, or the spans do not fit a block.
     """
     rows = load_rows(settings)
-    uses_sentinels, plan = METHODS[settings.method].uses_sentinels, settings.span_plan()
+    uses_sentinels, plan = METHODS[settings.method].uses_sentinels, plan_of(settings)
     in_text = settings.protocol == "paper"
     # Sentinels in the text must be in the vocabulary before the text is tokenized. If there are none, the vocabulary
     # grows last: all methods then share one token stream, and the untouched model can be asked.
@@ -39,7 +40,7 @@ def read_splits(
         model.to(device)
         for split, column in columns.items():
             asked = (model, identity, column["input_ids"])
-            information[split] = processes.one_first(cached_self_information, *asked)
+            information[split] = processes.main_first(cached_self_information, *asked)
     if uses_sentinels and not in_text:
         cl_id, cr_id = add_sentinels(tokenizer, model)
     by_document = settings.isolate_documents or settings.position_ids_by_document
@@ -59,14 +60,14 @@ def read_splits(
     if plan.compress and by_document and not in_text:
         for blocks in splits.values():
             _check_spans(blocks)
-    return settings.rule(cl_id, cr_id), splits
+    return rule_of(settings, cl_id, cr_id), splits
 
 
 def _columns(settings: Settings, texts, tokenizer, split: str) -> dict[str, Tensor]:
     """The blocks of a split as `cut_blocks` returns them; only the first `max_eval_blocks` of those to be scored."""
-    plan = settings.span_plan() if settings.protocol == "paper" else None
+    plan = plan_of(settings) if settings.protocol == "paper" else None
     how = (plan, settings.preprocessing_num_workers, settings.span_unit, settings.spacy_model, settings.documents)
-    stream = processes.one_first(tokenize, texts, tokenizer, split, *how)
+    stream = processes.main_first(tokenize, texts, tokenizer, split, *how)
     most = None if split == "train" else settings.max_eval_blocks
     return {name: column[:most] for name, column in cut_blocks(stream, settings.block_size, split).items()}
 

@@ -1,7 +1,6 @@
-"""Files of tensors that are written whole or not at all, and known for damaged if they are.
+"""Files of tensors that are written whole or not at all, and detected if they are damaged.
 
-safetensors, with a note in JSON and a hash of all content among the metadata. Knows files and hashes; what the tensors
-mean is the caller's business.
+They are safetensors files with a JSON note and a hash of all content in their metadata.
 """
 
 import hashlib
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 
 from kv_compression.io import strict_json
-from kv_compression.io.whole_files import write_whole
+from kv_compression.io.ownership import write_whole
 
 
 def digest(*parts: bytes | str | Tensor) -> str:
-    """SHA-256 over the parts and where each of them ends; a tensor's dtype and shape count as well as its content."""
+    """SHA-256 of the parts and of where each ends; for a tensor, also of its dtype and shape."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             kind = f"{part.dtype}{tuple(part.shape)}"
             flat = part.detach().cpu().contiguous().flatten()
-            # A single element may keep any stride, but bytes are seen through a stride of 1 only.
+            # A single element may have any stride, but a view as bytes needs a stride of 1.
             content = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
         else:
             kind = type(part).__name__
@@ -38,16 +37,13 @@ def digest(*parts: bytes | str | Tensor) -> str:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], note, write: Callable[[Path, bytes], None] = write_whole
 ) -> None:
-    """`write` a file of tensors. OSError if the disk refuses.
-
-    `note` is whatever JSON holds.
-    """
+    """Write a file of tensors with a note, any JSON value. OSError if the disk refuses."""
     text = canonical(note)
     write(path, safetensors.torch.save(tensors, {"note": text, "content": _digest_of(tensors, text)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:
-    """The tensors and the note that `write_tensors` left in a file; None if there is none or anything is wrong."""
+    """The tensors and the note in a file of `write_tensors`; None if there is no file or it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -59,7 +55,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], object] | None:
 
 
 def canonical(note) -> str:
-    """The JSON of a note, the same for equal notes."""
+    """A note as JSON, the same text for equal notes."""
     return json.dumps(note, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

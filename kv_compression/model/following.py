@@ -1,11 +1,16 @@
-"""Continuing a cache with new tokens: what `generate` takes."""
+"""Continuing a cache with new tokens: what `generate` takes, and what it must refuse."""
 
 from collections.abc import Mapping
+from functools import wraps
+from types import MethodType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from kv_compression.model.cache import SentinelCache, fingerprint_of
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def inputs_after(cache: SentinelCache, input_ids: Tensor | Mapping, attention_mask: Tensor | None = None) -> dict:
@@ -60,3 +65,28 @@ def refuse_misreading(
         f"the cache has read {read} tokens already, and cannot tell what is new of these {length}: give generate "
         "the new tokens alone, model.generate(**cache.followed_by(new_tokens))"
     )
+
+
+class GenerateGuard:
+    """Makes a model's `generate` refuse tokens that a filled `SentinelCache` would misread, until `remove()`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        model.generate = MethodType(_guarded_generate, model)  # bound, so that a copy of the model has its own
+
+    def remove(self) -> None:
+        """Restore the model's own `generate`. Calling it twice is harmless."""
+        self.model.__dict__.pop("generate", None)
+
+
+@wraps(GenerationMixin.generate)
+def _guarded_generate(self, inputs=None, generation_config=None, *args, **kwargs):
+    cache = kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if isinstance(cache, SentinelCache) and ids is not None:
+        config = generation_config or self.generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
+            raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
+        assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
+        refuse_misreading(cache, ids, kwargs.get("attention_mask"), slices=not assisted)
+    return type(self).generate(self, inputs, generation_config, *args, **kwargs)

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import repository_name
+from kv_compression.io.ownership import open_up
 from kv_compression.io.results import RESULTS, as_json, read_results, results_of_run
-from kv_compression.io.whole_files import open_up
 from kv_compression.sharing.model_card import write_card
 from kv_compression.training.loading import load_run
 

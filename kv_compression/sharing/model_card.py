@@ -12,7 +12,7 @@ from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.io import fields, ownership
 from kv_compression.io.errors import RunError, one_line
 from kv_compression.io.hub import repository_name
-from kv_compression.io.whole_files import write_whole
+from kv_compression.io.ownership import write_whole
 from kv_compression.methods import METHODS
 from kv_compression.settings import EMBEDDED, Settings
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kv_compression.spans.exact import Span, entries_to_remove
+from kv_compression.methods.ratio import entries_to_remove
+from kv_compression.spans.exact import Span
 
 
 def cheapest_spans(

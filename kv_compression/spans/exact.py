@@ -7,10 +7,7 @@ import random
 
 import numpy as np
 
-from kv_compression.methods.ratio import check_ratio, share_to_remove
-
-SPAN_SAMPLERS = ("random", "fixed", "self_information")
-UNITS = ("token", "phrase", "sentence")  # for self_information
+from kv_compression.methods.ratio import entries_to_remove
 
 Span = tuple[int, int]
 
@@ -20,45 +17,6 @@ def as_generator(rng) -> np.random.Generator:
     if isinstance(rng, random.Random):
         return np.random.default_rng(rng.getrandbits(64))
     return np.random.default_rng(rng)
-
-
-def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
-    """How many cache entries spans of at most `max_span_length`, each kept in `cr_tokens`, can remove."""
-    full, rest = divmod(num_tokens, max_span_length)
-    return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
-
-
-def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
-    """How many of the last tokens can stay outside spans from `first` on that remove the exact share; at least 0."""
-    to_remove = share_to_remove(num_tokens, ratio)
-    num_spans = -(-to_remove // (max_span_length - cr_tokens))
-    return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
-
-
-def entries_to_remove(
-    num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
-) -> int:
-    """round(ratio · num_tokens). ValueError, naming the bound, if spans in [first, last) cannot remove that many."""
-    check_ratio(ratio)
-    last = num_tokens if last is None else last
-    if cr_tokens < 1:
-        raise ValueError(f"a span leaves at least 1 entry, so cr_tokens must be at least 1, got {cr_tokens}")
-    if max_span_length <= cr_tokens:
-        raise ValueError(
-            f"spans have at least {cr_tokens + 1} tokens, so max_span_length must be at least {cr_tokens + 1}, "
-            f"got {max_span_length}"
-        )
-    if not 0 <= first <= last <= num_tokens:
-        raise ValueError(f"[{first}, {last}) is not a part of {num_tokens} tokens")
-    to_remove = share_to_remove(num_tokens, ratio)
-    bound = most_removable(last - first, max_span_length, cr_tokens)
-    if to_remove > bound:
-        where = "" if last - first == num_tokens else f"in {last - first} of them "
-        raise ValueError(
-            f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
-            f"{where}can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
-        )
-    return to_remove
 
 
 def exact_spans(

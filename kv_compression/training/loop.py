@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from kv_compression.data.blocks import Blocks
 from kv_compression.io.errors import Interrupted, RunError, UsageError
 from kv_compression.methods.full_attention import TextOnly
+from kv_compression.model.architectures import decoder_of
 from kv_compression.model.attention import Patch
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import decoder_of
 from kv_compression.settings import Settings
 from kv_compression.training.checkpoints import Checkpoint, Checkpoints, capture, restore
 from kv_compression.training.schedule import EPOCHS_APART, MicroBatch, Schedule, StepData

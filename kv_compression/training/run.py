@@ -16,7 +16,7 @@ from kv_compression.data.blocks import Blocks
 from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.data.splits import read_splits
 from kv_compression.io import processes
-from kv_compression.io.commit import commit_of_project
+from kv_compression.io.machine import commit_of_project
 from kv_compression.io.results import RESULTS, write_json
 from kv_compression.methods.rule import Rule
 from kv_compression.model.attention import compressed_attention

@@ -96,7 +96,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     main = processes.state().is_main_process
     is_new = [path for path in (folder / LOCK, folder) if not path.exists()] if main else []
-    lock = processes.together(_lock, folder, here=main)
+    lock = processes.run_everywhere(_lock, folder, here=main)
     try:
         yield
     finally:
@@ -149,7 +149,7 @@ def other_run(asked: str, output_dir: str) -> Path | None:
 
 def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     """The checkpoint to resume from, None if there is none: the same one in every process."""
-    newest = processes.together(checkpoints.read, here=processes.state().is_main_process)
+    newest = processes.run_everywhere(checkpoints.read, here=processes.state().is_main_process)
     step = processes.on_main(lambda: newest and newest.step)
 
     def same() -> Checkpoint | None:
@@ -158,7 +158,7 @@ def read_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
             raise RunError(f"not every process can read the checkpoint of step {step}: they must share --output_dir")
         return found
 
-    return processes.together(same)
+    return processes.run_everywhere(same)
 
 
 def read_untrained(folder: Path) -> dict | None:
