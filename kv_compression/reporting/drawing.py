@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from PIL import Image
 
 from kv_compression.io.results import write_bytes
 
@@ -100,10 +101,12 @@ def draw(path: Path, picture: Picture) -> None:
         look = {"loc": "outside lower center", "frameon": False, "handlelength": 2.8, "fontsize": 8.5}
         look |= {"ncols": columns, "title": picture.note or None, "title_fontsize": 8.5}
         figure.legend(entries.values(), entries.keys(), **look)
-    for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=ending[1:], metadata=metadata)
-        write_bytes(path.with_suffix(ending), content.getvalue())
+    png, small, svg = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png")
+    Image.open(png).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_bytes(path.with_suffix(".png"), small.getvalue())
+    write_bytes(path.with_suffix(".svg"), svg.getvalue())
 
 
 def drawable(panel: Panel) -> Panel:

@@ -91,7 +91,7 @@ def build(found: Found) -> Report:
     report.say(
         f"Made by `report.py`: {found.summary()}. Paths are relative to the folder that was searched. Perplexity is "
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
-        "dash is what was not measured. `report.py` draws each plot as an SVG, too."
+        "dash is what was not measured. An SVG of each plot lies beside it."
     )
     described = [
         {protocol: comparing.describe(group, protocol) for protocol in group.protocols} for group in found.groups
