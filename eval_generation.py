@@ -7,7 +7,8 @@ import sys
 
 from kv_compression.generation.records import find_files
 from kv_compression.generation.request import ScoringRequest, add_flags
-from kv_compression.io.errors import Parser, is_main_process, quiet_libraries, run_script
+from kv_compression.io.errors import is_main_process, quiet_libraries, run_script
+from kv_compression.io.flags import Parser
 
 
 def parse() -> ScoringRequest:

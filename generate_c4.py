@@ -3,7 +3,8 @@
 import sys
 
 from kv_compression.generation.request import GenerationRequest, add_flags
-from kv_compression.io.errors import Parser, is_main_process, quiet_libraries, run_script
+from kv_compression.io.errors import is_main_process, quiet_libraries, run_script
+from kv_compression.io.flags import Parser
 from kv_compression.io.results import results_of_run
 
 

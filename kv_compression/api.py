@@ -21,13 +21,13 @@ from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.architectures import check_architecture
+from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
 from kv_compression.model.attention import Patch, patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.model.following import GenerateGuard
-from kv_compression.model.parts import causal_lm_of, decoder_of, input_device
 from kv_compression.model.reading import as_batch, prefill
 from kv_compression.model.vocabulary import (
     CL_TOKEN,
@@ -38,7 +38,7 @@ from kv_compression.model.vocabulary import (
     unended,
     unset_rows,
 )
-from kv_compression.spans.exact import entries_to_remove, exact_spans, widest_window
+from kv_compression.spans.exact import exact_spans
 
 
 def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32):
@@ -68,7 +68,7 @@ def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32
             raise RunError(f"the model in {folder} cannot be loaded: {one_line(error)}") from error
     else:
         from kv_compression.settings import EMBEDDED  # only experiments need these two
-        from kv_compression.training.run import load_run
+        from kv_compression.training.loading import load_run
 
         base = results["model"]
         if base != EMBEDDED and not os.path.isdir(base):  # or downloads try again for a minute

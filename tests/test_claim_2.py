@@ -17,9 +17,9 @@ import torch
 import eval_generation
 import generate_c4
 import run_clm
-from kv_compression import settings as run_settings
 from kv_compression.data import embedded
 from kv_compression.generation import run as generation_run
+from kv_compression.generation import scorers
 from kv_compression.io.errors import run_script
 from kv_compression.io.results import write_json
 from tests.conftest import sentences
@@ -195,7 +195,7 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     def never(models):
         raise AssertionError("all files are scored")
 
-    monkeypatch.setattr(run_settings, "load_scorers", never)
+    monkeypatch.setattr(scorers, "load_scorers", never)
     assert run(eval_generation) == 0
     assert capsys.readouterr().out == out
 
@@ -205,9 +205,9 @@ def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny
     path = runs / "output" / "kv_compression" / "generation.jsonl"
     assert run(eval_generation, path) == 0
     kept = json.loads((path.parent / "scores.json").read_text())
-    assert kept["convention"] == run_settings.CONVENTION and kept["bertscore_layer"] == 6
-    made, load = [], run_settings.load_scorers
-    monkeypatch.setattr(run_settings, "load_scorers", lambda models: made.append(models) or load(models))
+    assert kept["convention"] == scorers.CONVENTION and kept["bertscore_layer"] == 6
+    made, load = [], scorers.load_scorers
+    monkeypatch.setattr(scorers, "load_scorers", lambda models: made.append(models) or load(models))
     for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
         write_json(path.parent / "scores.json", kept | changes)
         assert run(eval_generation, path) == 0
@@ -239,7 +239,7 @@ def test_too_few_documents_are_said(runs, capsys):
 
 
 def test_files_without_continuations_are_refused_and_leave_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_settings, "load_scorers", None)
+    monkeypatch.setattr(scorers, "load_scorers", None)
     for name, text in [
         ("README.md", "# Title\n"),
         ("empty.jsonl", ""),

@@ -8,8 +8,8 @@ import transformers
 import kv_compression as kvc
 from kv_compression.generation import sampling
 from kv_compression.generation.documents import pick_documents, prefix_ids
+from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import input_device
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.spans.self_information import self_information
 from tests.conftest import sentences

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
-from kv_compression.generation import scoring
+from kv_compression.generation import scorers, scoring
 from kv_compression.io.errors import RunError, UsageError
 from tests.conftest import sentences
 
@@ -108,10 +108,10 @@ def test_a_layer_that_nobody_knows_is_named(tiny_roberta):
     for layer in (3, -1):
         with pytest.raises(UsageError, match=f"--bertscore_layer {layer}: .* between 0 and 2"):
             scoring.BertScorer(tiny_roberta, layer, CPU)
-    assert run_settings.scorers("embedded", None, None) == (run_settings.EMBEDDED, 6, run_settings.EMBEDDED)
-    assert run_settings.scorers("embedded", None, None, 3).layer == 3
-    assert run_settings.scorers("paper", "folder", None).layer is None
-    assert run_settings.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
+    assert scorers.scorers("embedded", None, None) == (run_settings.EMBEDDED, 6, run_settings.EMBEDDED)
+    assert scorers.scorers("embedded", None, None, 3).layer == 3
+    assert scorers.scorers("paper", "folder", None).layer is None
+    assert scorers.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
 
 
 def test_fluency_strips_texts_and_scores_no_end_of_text(tiny_model, tmp_path):

@@ -3,8 +3,6 @@
 Knows scores alone, and loads no torch.
 """
 
-import csv
-import io
 import itertools
 import math
 from collections import Counter
@@ -14,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kv_compression.io import tables
 from kv_compression.io.errors import printable
-from kv_compression.io.results import figure
 
 METRICS = ("rouge_l", "bertscore", "perplexity")
 RESAMPLES = 10_000
@@ -136,34 +134,17 @@ def row(path: Path, scores: dict) -> dict:
 def as_text(table: list[dict], names: dict[Path, str]) -> str:
     """The table as text, with the files' `names`: means with 95% confidence intervals."""
 
-    def cell(line, metric, digits):
-        if line[metric] is None:
-            return "-"
-        mean, low, high = (line[name] for name in (metric, f"{metric}_low", f"{metric}_high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def estimate(metric: str, digits: int):
+        return lambda line: tables.estimate(line[metric], line[f"{metric}_low"], line[f"{metric}_high"], digits)
 
-    head = ("method", "ratio", "documents", "cache", "ROUGE-L", "BERTScore", "perplexity", "token-weighted")
-    lines = [head] + [
-        (
-            names[Path(line["file"])],
-            str(line["bound_ratio"]),
-            str(line["num_documents"]),
-            figure(line["cache_fraction"], 3),
-            cell(line, "rouge_l", 4),
-            cell(line, "bertscore", 4),
-            cell(line, "perplexity", 1),
-            figure(line["perplexity_token_weighted"], 1),
-        )
-        for line in sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0))
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def as_csv(table: list[dict]) -> str:
-    """The table with all its numbers."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
+    columns = {
+        "method": lambda line: names[Path(line["file"])],
+        "ratio": lambda line: line["bound_ratio"],
+        "documents": lambda line: line["num_documents"],
+        "cache": lambda line: tables.figure(line["cache_fraction"], 3),
+        "ROUGE-L": estimate("rouge_l", 4),
+        "BERTScore": estimate("bertscore", 4),
+        "perplexity": estimate("perplexity", 1),
+        "token-weighted": lambda line: tables.figure(line["perplexity_token_weighted"], 1),
+    }
+    return tables.text_table(columns, sorted(table, key=lambda line: (str(line["method"]), line["bound_ratio"] or 0)))

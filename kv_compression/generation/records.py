@@ -9,8 +9,8 @@ from pathlib import Path
 from kv_compression.io import ownership, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line, printable
 from kv_compression.io.fields import OF_A_GENERATION, check, is_count
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
 
 
 def about_path(path: Path) -> Path:

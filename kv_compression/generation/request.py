@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from kv_compression.io.errors import UsageError, ratio
+from kv_compression.io.errors import UsageError
+from kv_compression.io.flags import ratio
 from kv_compression.methods import NAMES
 
 

@@ -13,20 +13,24 @@ from tqdm.auto import tqdm
 from kv_compression import settings as run_settings
 from kv_compression.api import attach
 from kv_compression.generation import comparing, records, scoring
+from kv_compression.generation import scorers as scorer_models
 from kv_compression.generation.documents import Document, documents_digest, find_texts, pick_documents, prefix_ids
 from kv_compression.generation.records import scores_path
 from kv_compression.generation.request import GenerationRequest, ScoringRequest
 from kv_compression.generation.sampling import Sampler, continue_documents
 from kv_compression.io import fields, ownership, processes, strict_json
 from kv_compression.io.errors import UsageError, printable
+from kv_compression.io.machine import has_bf16
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import RESULTS, write_json, write_text
-from kv_compression.io.whole_files import file_name
-from kv_compression.methods import METHODS
+from kv_compression.io.tables import csv_table
+from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
 from kv_compression.settings import Settings
+from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import informant
-from kv_compression.training.run import load_model, load_run
+from kv_compression.training.loading import load_model, load_run
 
 
 def generate(request: GenerationRequest) -> str:
@@ -47,7 +51,7 @@ def generate(request: GenerationRequest) -> str:
     tokens = 0
     with tqdm(total=len(work.documents), initial=len(done), desc="generating") as bar, attach(model, rule=work.rule):
         for start in range(0, len(missing), state.num_processes):
-            sampled = processes.divided(work.sample, missing[start : start + state.num_processes])
+            sampled = processes.split_work(work.sample, missing[start : start + state.num_processes])
             found = [record for batch in sampled for record in batch if record["index"] not in done]
             processes.on_main(records.append, path, found)
             tokens += sum(record["new_tokens"] for record in found)
@@ -73,7 +77,7 @@ class Work:
 
     def sample(self, batches: list[list[Document]]) -> list[list[dict]]:
         """The records of whole batches: rounding, and so a sample, may depend on the other documents of a batch."""
-        plan = self.settings.span_plan()
+        plan = plan_of(self.settings)
         sampled = []
         for batch in batches:
             rows = [self.prefixes[document.index] for document in batch]
@@ -86,8 +90,8 @@ def prepare(request: GenerationRequest) -> Work:
     """Load the run and read the documents. UsageError, before anything is written, if a prefix cannot be compressed."""
     precision = request.mixed_precision
     if precision == "auto":
-        precision = "bf16" if run_settings.has_bf16() else "no"
-    tokenizer, model, trained = processes.one_first(load_run, request.model_dir, precision)
+        precision = "bf16" if has_bf16() else "no"
+    tokenizer, model, trained = processes.main_first(load_run, request.model_dir, precision)
     settings = settings_for(request, trained)
     sentinels = (-1, -1)
     if METHODS[settings.method].uses_sentinels:
@@ -103,7 +107,7 @@ def prepare(request: GenerationRequest) -> Work:
         if processes.state().is_main_process:
             print(f"warning: {len(documents)} documents{few} were found: no others have {words} words", file=sys.stderr)
     settings = with_fitting_window(settings, tokenizer, documents)
-    rule, plan = settings.rule(*sentinels), settings.span_plan()
+    rule, plan = rule_of(settings, *sentinels), plan_of(settings)
 
     def read_prefixes(documents: list[Document]) -> list[list[int]]:
         inform = None
@@ -112,7 +116,7 @@ def prepare(request: GenerationRequest) -> Work:
         how = (settings.protocol, settings.span_unit, settings.spacy_model, inform)
         return [prefix_ids(document, tokenizer, rule, plan, *how) for document in documents]
 
-    prefixes = processes.divided(read_prefixes, documents)
+    prefixes = processes.split_work(read_prefixes, documents)
     sampler = Sampler(
         request.continuation_words,
         request.num_continuations,
@@ -152,10 +156,10 @@ def few_documents(request: GenerationRequest, documents: list[Document]) -> str:
 
 def with_fitting_window(settings: Settings, tokenizer, documents: list[Document]) -> Settings:
     """Settings whose recent window leaves room for the spans of every prefix, not only of a training block."""
-    if not settings.span_plan().compress or settings.protocol != "matched" or not settings.bound_ratio:
+    if not plan_of(settings).compress or settings.protocol != "matched" or not settings.bound_ratio:
         return settings
     lengths = [len(unended(tokenizer, document.prefix)) for document in documents]
-    widest = min(map(settings.span_plan().window, lengths))
+    widest = min(map(plan_of(settings).window, lengths))
     return replace(settings, recent_tokens=min(settings.recent_tokens, widest))
 
 
@@ -216,7 +220,7 @@ def score(request: ScoringRequest, named: list[Path]) -> str:
         if scores is None:
             if models not in scorers:
                 scorers.clear()  # one pair of models at a time
-                scorers[models] = processes.one_first(run_settings.load_scorers, models)
+                scorers[models] = processes.main_first(scorer_models.load_scorers, models)
             scores = score_file(path, about, made_from, scorers[models])
             processes.on_main(write_json, scores_path(path), scores)
         scored[path] = scores
@@ -232,12 +236,12 @@ def check_outputs(missing: list[Path], csv_path: Path) -> None:
         ownership.check([csv_path], instead="name another file with --csv")
 
 
-def look_up(path: Path, request: ScoringRequest) -> tuple[dict, run_settings.ScorerModels, dict, dict | None]:
+def look_up(path: Path, request: ScoringRequest) -> tuple[dict, scorer_models.ScorerModels, dict, dict | None]:
     """What made a generation file, the models to score it with, what its scores depend on, and the scores if it has
     any that were made so."""
     about = records.read_about(path) or {}
     named = (request.bertscore_model, request.fluency_model, request.bertscore_layer)
-    models = run_settings.scorers(about.get("preset", "embedded"), *named)
+    models = scorer_models.scorers(about.get("preset", "embedded"), *named)
     digest = hashlib.sha256(records.read_bytes(path)).hexdigest()
     made_from = {"file_sha256": digest} | models.record()
     scores = None if request.overwrite else read_scores(scores_path(path))
@@ -288,5 +292,5 @@ def write_table(scored: dict[Path, dict], csv_path: Path) -> str:
         if trouble:
             lines.append(printable(f"{path}: not scored: {trouble}"))
     table = [comparing.row(path, scores) for path, scores in scored.items()]
-    write_text(csv_path, comparing.as_csv(table))
+    write_text(csv_path, csv_table(table))
     return "\n".join([*lines, comparing.as_text(table, comparing.names_of(scored)), *comparing.comparisons(scored)])

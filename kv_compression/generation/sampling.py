@@ -15,9 +15,9 @@ from transformers import TopPLogitsWarper
 
 from kv_compression.generation.documents import Document, cut_words
 from kv_compression.methods.rule import Rule
+from kv_compression.model.architectures import input_device
 from kv_compression.model.budget import Budget
 from kv_compression.model.cache import SentinelCache
-from kv_compression.model.parts import input_device
 from kv_compression.model.reading import as_batch, prefill
 from kv_compression.spans.plan import SpanPlan
 

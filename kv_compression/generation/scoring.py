@@ -168,7 +168,7 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
             continue
         skipped["empty continuations"] += sum(not text.strip() for text in texts)
         pairs[index] = [(reference, text) for text in texts if text.strip()]
-    scores = dict(zip(pairs, processes.divided(partial(_score, bert, fluency), list(pairs.values()))))
+    scores = dict(zip(pairs, processes.split_work(partial(_score, bert, fluency), list(pairs.values()))))
     every = list(itertools.chain.from_iterable(scores.values()))
     skipped["continuations of one token (no perplexity)"] = sum(score.count == 0 for score in every)
     documents: dict[int, dict[str, float]] = {}

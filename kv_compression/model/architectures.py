@@ -1,4 +1,4 @@
-"""What a model's own attention asks of a patch: the pattern of every layer, and which architectures can be right.
+"""What is asked of a model: its parts, the pattern of every layer, and which architectures a patch can be right for.
 
 `benchmarks/architectures.py` builds every causal language model of transformers at tiny size and checks both: its table
 is docs/architectures.md.
@@ -8,6 +8,7 @@ import inspect
 import re
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kv_compression.methods.rule import MaskMod
@@ -142,3 +143,29 @@ def positions_of(config) -> int | None:
 def refusal(model_type: str, reason: str) -> ValueError:
     """The error that names an architecture and why it cannot be patched."""
     return ValueError(f"{model_type} cannot be patched: {reason}")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
+    return causal_lm_of(model).get_decoder()
+
+
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself: what a peft model wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which token ids belong: the one where the input embedding is computed.
+
+    accelerate's hooks say so for a model that is offloaded or spread over devices (`device_map`): its weights may lie
+    on "meta" until they are needed.
+    """
+    embedding = causal_lm_of(model).get_input_embeddings()
+    for module in embedding.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    parameters = (*embedding.parameters(), *model.parameters())
+    return next((each.device for each in parameters if not each.is_meta), parameters[0].device)

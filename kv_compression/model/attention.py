@@ -22,9 +22,15 @@ from kv_compression.io.errors import UsageError
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order, own_key
 from kv_compression.methods.sentinels import count_text
-from kv_compression.model.architectures import Pattern, check_architecture, patterns_of, positions_of
+from kv_compression.model.architectures import (
+    Pattern,
+    causal_lm_of,
+    check_architecture,
+    decoder_of,
+    patterns_of,
+    positions_of,
+)
 from kv_compression.model.cache import SentinelCache
-from kv_compression.model.parts import causal_lm_of, decoder_of
 
 
 def grouped_attention(

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kv_compression.io.errors import UsageError
 from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
 from kv_compression.methods.rule import History, Rule, Tokens, own_key, rows_of
-from kv_compression.model.parts import decoder_of
+from kv_compression.model.architectures import decoder_of
 
 PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
 PER_ROW = ("text_read", "real_read", "digest", "began", "fingerprint")  # tensors (batch,)
