@@ -25,7 +25,7 @@ from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
-from kv_compression.model.attention import Patch, patch
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.model.following import GenerateGuard
 from kv_compression.model.reading import as_batch, prefill
@@ -127,7 +127,7 @@ def attach(model: nn.Module, source=None, *, rule: Rule | None = None, revision:
     else:
         kind = type(source).__name__
         raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {kind} (a rule goes in rule=…)")
-    attached = patch(model, rule=rule)
+    attached = Patch(model, rule)
     attached._hooks.append(GenerateGuard(causal_lm_of(model)))
     return attached
 

@@ -22,7 +22,7 @@ from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.reading import prefill
 from kv_compression.sharing.export import export
 from kv_compression.training import loading
@@ -88,7 +88,7 @@ def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
     _, model, settings = loading.load_run(folder, "no")
     sentinels = loading.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
-    with compressed_attention(model, rule=rule_of(settings, **sentinels)):
+    with Patch(model, rule_of(settings, **sentinels)):
         return logits_of(model, ids)
 
 
@@ -228,7 +228,7 @@ def test_a_ready_rule_is_attached_as_it_is_or_with_sentinels_from_elsewhere(runs
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     plain, rule = logits_of(model, [5, 6, 7, 8, 9, 10]), LocalAttention(ratio=0.5)
-    with kvc.attach(model, rule=rule) as patch, compressed_attention(copy.deepcopy(model), rule=rule) as other:
+    with kvc.attach(model, rule=rule) as patch, Patch(copy.deepcopy(model), rule) as other:
         assert patch.rule is rule
         found = logits_of(model, [5, 6, 7, 8, 9, 10])
     assert other.rule is rule and (found - plain).abs().max() > 1e-4

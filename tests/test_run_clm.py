@@ -111,7 +111,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     from kv_compression import settings as run_settings
     from kv_compression.data.splits import read_splits
     from kv_compression.methods.kv_compression import KVCompression
-    from kv_compression.model.attention import compressed_attention
+    from kv_compression.model.attention import Patch
     from kv_compression.model.loss import TokenLosses
     from kv_compression.training.evaluation import evaluate
 
@@ -120,7 +120,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
     _, splits = read_splits(settings, fresh, None, accelerator.device)
     rule = KVCompression(cl_id, cr_id)
-    with compressed_attention(model, rule=rule):
+    with Patch(model, rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
     assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
 

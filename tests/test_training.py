@@ -12,7 +12,7 @@ from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.model import lora
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.settings import LR_SCHEDULERS, Settings
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop
@@ -42,7 +42,7 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
 
 def run(model, blocks, rule, wanted, **options):
     accelerator = accelerate.Accelerator()
-    with compressed_attention(model, rule=rule) as patch:
+    with Patch(model, rule) as patch:
         prepared = training_loop.prepare(model, accelerator, wanted)
         report = training_loop.train(prepared, blocks, patch, accelerator, wanted, None, **options)
         assert patch.rule == rule
@@ -120,7 +120,7 @@ class Noted:
 
 def rates_of(blocks, wanted, **options) -> tuple[list[float], training_loop.TrainingReport]:
     noted, model, accelerator = Noted(), adapted(), accelerate.Accelerator()
-    with compressed_attention(model, rule=KVCompression(CL, CR)) as patch:
+    with Patch(model, KVCompression(CL, CR)) as patch:
         prepared = training_loop.prepare(model, accelerator, wanted)
         report = training_loop.train(prepared, blocks, patch, accelerator, wanted, noted, **options)
     return noted.rates, report
@@ -281,7 +281,7 @@ def test_a_teacher_sees_all_text_and_no_adapter():
     ids = torch.tensor([[5, CL, 6, 7, CR, 8, 9]])
     text = torch.tensor([[5, 6, 7, 8, 9]])
     rule = KVCompression(CL, CR)
-    with compressed_attention(model, rule=rule) as patch:
+    with Patch(model, rule) as patch:
         taught = training_loop.Teacher(model.train(), patch, 0.5)({"input_ids": ids})
         assert patch.rule is rule
         assert model.training

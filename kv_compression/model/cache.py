@@ -220,9 +220,7 @@ class SentinelCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
         if not self._admitted:
-            raise ValueError(
-                "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
-            )
+            raise ValueError("a SentinelCache works in a patched model only: attach(model, rule=…) patches it")
         if self.slots > key_states.shape[2]:
             layer = self.layers[layer_idx] if layer_idx < len(self.layers) else SentinelLayer()
             held = [part if part is None else _kind(part) for part in (layer.keys, layer.values)]
