@@ -17,7 +17,7 @@ from kv_compression.errors import UsageError
 from kv_compression.whole_files import PARTIAL, partial_name, usual_mode, write_whole
 
 LIST = ".kv_compression_files.jsonl"  # a line a file: its path in the folder, and what it holds
-LONGEST = 1 << 16  # bytes that the list may grow to before it is written anew
+LONGEST = 1 << 14  # bytes that the list may grow to before it is written anew
 # What a file holds, if not "sha256:…":
 ANYTHING = "anything"  # its name was made up for it, or it may be damaged: ours whatever it holds
 LOG = "log"  # it grows: appended to, and removed only as its listed content
@@ -87,10 +87,13 @@ def _what_counts(folder: Path) -> Iterator[bytes]:
             yield from (_line(name, each) for each in holds if each in (ANYTHING, LOG, *contents))
 
 
-def is_ours(path: Path, folder: Path | None = None) -> bool:
-    """Whether the list of `folder`, the file's own by default, proves that a script has written the file as it is."""
+def is_ours(path: Path, folder: Path | None = None, names: dict[str, list[str]] | None = None) -> bool:
+    """Whether the list of `folder`, the file's own by default, proves that a script has written the file as it is.
+
+    `names` is what that list holds, if it has been read.
+    """
     folder = folder or path.parent
-    return _is_proven(folder, path.relative_to(folder).as_posix(), listed(folder))
+    return _is_proven(folder, path.relative_to(folder).as_posix(), listed(folder) if names is None else names)
 
 
 def _is_proven(folder: Path, name: str, names: dict[str, list[str]]) -> bool:
@@ -111,8 +114,12 @@ def check(paths: Iterable[Path], folder: Path | None = None, instead: str = "cho
 
     `instead` says what else its user can do than move it away.
     """
-    for path in paths:
-        if os.path.lexists(path) and not is_ours(path, folder):
+    lists: dict[Path, dict[str, list[str]]] = {}
+    for path in filter(os.path.lexists, paths):
+        where = folder or path.parent
+        if where not in lists:
+            lists[where] = listed(where)
+        if not is_ours(path, where, lists[where]):
             raise UsageError(
                 f"{path} is not what these scripts have written there, or was changed since: move it away, or {instead}"
             )
