@@ -37,7 +37,16 @@ def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, defaults=True):
-        tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
+        tiny = [
+            "--method",
+            "kv_compression",
+            "--preset",
+            "embedded",
+            "--model_name_or_path",
+            tiny_model,
+            "--mixed_precision",
+            "no",
+        ]
         tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
         tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
         return call_script(run_clm.main, ["run_clm.py", *(tiny if defaults else []), *flags], monkeypatch, capsys)
