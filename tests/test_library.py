@@ -16,14 +16,15 @@ import transformers
 import kv_compression as kvc
 from kv_compression import api
 from kv_compression.data import embedded
-from kv_compression.generation.sampling import prefill
 from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import compressed_attention
+from kv_compression.model.reading import prefill
 from kv_compression.sharing.export import export
-from kv_compression.training import run as training_run
+from kv_compression.training import loading
 from tests.conftest import sentences
 from tests.runs import KV, make_run, write_tied_model
 
@@ -84,9 +85,9 @@ def logits_of(model, ids: list[int]) -> torch.Tensor:
 
 def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
-    _, model, settings = training_run.load_run(folder, "no")
-    sentinels = training_run.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
-    with compressed_attention(model, rule=settings.rule(**sentinels)):
+    _, model, settings = loading.load_run(folder, "no")
+    sentinels = loading.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
+    with compressed_attention(model, rule=rule_of(settings, **sentinels)):
         return logits_of(model, ids)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression.reporting import quickstart
+from kv_compression.reporting import drawing, plotting, quickstart
 from tests.made_results import results
 from tests.runs import call_script
 
@@ -97,8 +97,6 @@ def test_what_is_not_there_is_named(folders, monkeypatch, capsys):
 
 
 def test_perplexities_that_no_plot_can_show(tmp_path):
-    from kv_compression.reporting import plotting
-
     picture = plotting.one_ratio([("full_attention", "full", math.inf), ("local_attention", "local", 3.0)])
-    plotting.draw(tmp_path / "a.png", picture)
-    plotting.draw(tmp_path / "b.png", plotting.one_ratio([("local_attention", "local", math.inf)]))
+    drawing.draw(tmp_path / "a.png", picture)
+    drawing.draw(tmp_path / "b.png", plotting.one_ratio([("local_attention", "local", math.inf)]))

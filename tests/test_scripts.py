@@ -196,15 +196,16 @@ def test_a_key_ends_the_quickstart_and_the_same_command_continues(project, tmp_p
     [
         ([], False),
         (["--claims", "1", "--seeds", "2"], False),
-        (["--claim_timeout", "20"], False),
         (["--claims=1", "--ratios", "0.2"], False),
         (["--claims", "1,2"], True),
         (["--seeds", "0", "--claims", "1", "2", "--ratios", "0.5"], True),
         (["--claims=1,2"], True),
+        (["--claims", "1", "--slurm", "--preset", "paper", "--seeds", "2"], False),
     ],
 )
-def test_a_sweep_asks_for_scorers_only_where_claim_2_is_asked_for(project, tmp_path, flags, scores_text):
+def test_a_sweep_asks_only_for_the_packages_that_it_needs(project, tmp_path, flags, scores_text):
     done, calls = project("sweep.sh", *flags)
     assert done.returncode == 0
     assert calls == [" ".join([f"{tmp_path}/sweep.py", *flags])]
-    assert ("bert-score" in (tmp_path / "calls.asked").read_text()) == scores_text
+    packages = (tmp_path / "calls.asked").read_text()
+    assert ("bert-score" in packages, "submitit" in packages) == (scores_text, "--slurm" in flags)

@@ -1,4 +1,4 @@
-"""The sweep: its order, its claims, workers that share a folder with a stub for runs, and a real sweep in small."""
+"""A sweep: its runs and their order, processes that stub runs, a stand-in for slurm, and a real sweep in small."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import eval_generation
@@ -22,15 +22,19 @@ import run_clm
 import sweep as script
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
-from kv_compression.io.errors import run_script
+from kv_compression.io.errors import RunError, run_script
 from kv_compression.io.results import read_results
 from kv_compression.methods import METHODS
 from kv_compression.sweep import jobs as sweep_jobs
-from kv_compression.sweep.claims import Claims, GivenUp
+from kv_compression.sweep import slurm, workers
+from kv_compression.sweep.plan import PlannedRun, plan, spread
+from kv_compression.sweep.workers import Workers
 from tests.conftest import sentences
+from tests.stand_in_slurm import FULL, StandInSlurm
 
 ROOT = Path(__file__).parent.parent
 RATIOS = [number / 10 for number in range(1, 10)]
+BOTH = ["kv_compression", "local_attention"]
 
 
 def run(module, *flags) -> int:
@@ -45,43 +49,29 @@ def run(module, *flags) -> int:
         signal.signal(signal.SIGTERM, on_end)
 
 
+def write_texts(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory) -> list[str]:
     """Flags of run_clm.py for a run that takes no time, and a folder with its files."""
     folder = tmp_path_factory.mktemp("texts")
-    for name, seed in (("train", 0), ("test", 1)):
-        rows = [json.dumps({"text": text}) for text in sentences(24, seed)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    texts = [" ".join(sentences(6, seed)) for seed in range(2, 5)]
-    (folder / "docs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    write_texts(folder / "train.jsonl", sentences(24, 0))
+    write_texts(folder / "test.jsonl", sentences(24, 1))
+    write_texts(folder / "docs.jsonl", [" ".join(sentences(6, seed)) for seed in range(2, 5)])
     flags = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--train_file", f"{folder}/train.jsonl"]
     flags += ["--test_file", f"{folder}/test.jsonl", "--block_size", "32", "--max_span_length", "8"]
     return [*flags, "--max_train_steps", "2", "--max_eval_blocks", "2"]
 
 
 def settings_of(flags) -> run_settings.Settings:
-    return run_settings.resolve(run_clm.parse(flags)[0])
-
-
-def pretend(job, **others) -> Path:
-    """Leave results where a job's run would, of the settings that it has but for `others`."""
-    chosen = settings_of(job.steps[0].command[2:])
-    content = dict.fromkeys(("perplexity", "removed_fraction"), 1.0) | vars(chosen)
-    path = Path(chosen.output_dir) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content | {"settings": chosen.identity() | others}))
-    return path
-
-
-def test_the_order_of_ratios():
-    assert sweep_jobs.spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
-    assert sweep_jobs.spread([0.9, 0.5]) == [0.5, 0.9]
-    assert sweep_jobs.spread([0.5]) == [0.5]
+    return run_settings.resolve(run_settings.parse(flags)[0])
 
 
 @given(st.lists(st.floats(0, 0.99), min_size=1, max_size=40))
-def test_any_beginning_of_the_ratios_covers_their_range(values):
-    order = sweep_jobs.spread(values)
+def test_the_first_ratios_cover_their_range(values):
+    order = spread(values)
     assert sorted(order) == sorted(set(values))
     ranks = {value: rank for rank, value in enumerate(sorted(order))}
     for count in range(3, len(order) + 1):
@@ -91,33 +81,20 @@ def test_any_beginning_of_the_ratios_covers_their_range(values):
 
 
 def test_the_order_of_runs():
-    runs = sweep_jobs.plan(["kv_compression", "local_attention"], [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
-    assert [run.name for run in runs[:5]] == [
-        "full_attention_0.0",
-        "full_attention_0.0_untrained",
-        "kv_compression_0.5",
-        "kv_compression_0.5_paper",
-        "local_attention_0.5",
-    ]
+    assert spread(RATIOS) == [0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.6, 0.4, 0.2]
+    runs = plan(BOTH, [0.1, 0.5, 0.9], [0, 3], ["matched", "paper"])
+    first = ["full_attention_0.0", "full_attention_0.0_untrained", "kv_compression_0.5", "kv_compression_0.5_paper"]
+    assert [run.name for run in runs[:5]] == [*first, "local_attention_0.5"]
     assert [run.ratio for run in runs if run.method == "local_attention"] == [0.5, 0.9, 0.1] * 2
     assert [run.seed for run in runs] == [0] * 11 + [3] * 10
-    assert runs[11].name == "full_attention_0.0_seed3"
-    assert runs[-2].name == "kv_compression_0.1_paper_seed3"
+    assert (runs[11].name, runs[-2].name) == ("full_attention_0.0_seed3", "kv_compression_0.1_paper_seed3")
 
 
 def test_with_accumulation_every_protocol_has_its_own_baselines():
     """The protocols then train with other learning rates."""
-    runs = sweep_jobs.plan(["kv_compression", "local_attention"], [0.5], [0], ["matched", "paper"], accumulation=3)
-    assert [run.name for run in runs] == [
-        "full_attention_0.0",
-        "full_attention_0.0_paper",
-        "full_attention_0.0_untrained",
-        "full_attention_0.0_paper_untrained",
-        "kv_compression_0.5",
-        "kv_compression_0.5_paper",
-        "local_attention_0.5",
-        "local_attention_0.5_paper",
-    ]
+    runs = plan(BOTH, [0.5], [0], ["matched", "paper"], accumulation=3)
+    each = ["full_attention_0.0{}", "full_attention_0.0{}_untrained", "kv_compression_0.5{}", "local_attention_0.5{}"]
+    assert [run.name for run in runs] == [name.format(end) for name in each for end in ("", "_paper")]
     assert [run.protocol for run in runs] == ["matched", "paper"] * 4
 
 
@@ -128,7 +105,7 @@ def test_with_accumulation_every_protocol_has_its_own_baselines():
     st.sampled_from([["paper"], ["matched"], ["paper", "matched"]]),
 )
 def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, protocols):
-    runs = sweep_jobs.plan(methods, ratios, seeds, protocols)
+    runs = plan(methods, ratios, seeds, protocols)
     assert len({run.name for run in runs}) == len(runs)
     assert sum(run.eval_only for run in runs) == 1
     sentinels = sum(METHODS[method].uses_sentinels for method in methods)
@@ -140,7 +117,7 @@ def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, prot
 
 def test_options_of_kv_compression_are_for_kv_compression():
     asked = {"cr_tokens": 2, "sink_tokens": 4, "r": 8, "lora_target_modules": ("a", "b"), "fixed_spans": True}
-    flags = {method: sweep_jobs.Run(method, 0.5, "matched").flags(asked) for method in METHODS}
+    flags = {method: PlannedRun(method, 0.5, "matched").flags(asked) for method in METHODS}
     assert flags["kv_compression"][10:14] == ["--cr_tokens", "2", "--sink_tokens", "4"]
     assert flags["local_attention"][10:] == ["--r", "8", "--lora_target_modules", "a", "b", "--fixed_spans"]
     assert flags["sink_attention"][10:13] == ["--sink_tokens", "4", "--r"]
@@ -150,242 +127,92 @@ def test_options_of_kv_compression_are_for_kv_compression():
 def jobs(tiny, tmp_path):
     """Makes the jobs of a sweep in `tmp_path`; `others` are more flags for its runs."""
 
-    def jobs(methods=("kv_compression", "local_attention"), protocols=("matched",), **others):
-        runs = sweep_jobs.plan(methods, [0.5], [0], protocols)
-        given = {name: value for name, value in run_clm.parse(tiny)[0].items() if value is not None}
-        return sweep_jobs.jobs(runs, tmp_path, given | others, settings_of)
+    def jobs(protocols=("matched",), **others):
+        given = {name: value for name, value in run_settings.parse(tiny)[0].items() if value is not None}
+        return sweep_jobs.make_jobs(plan(BOTH, [0.5], [0], protocols), tmp_path, given | others, settings_of)
 
     return jobs
 
 
-def names(jobs) -> list[str]:
-    return [job.name for job in jobs]
+def pretend(job, **others) -> Path:
+    """Leave results where a job's run would, of its settings except for `others`."""
+    chosen = settings_of(job.steps[0].command[2:])
+    content = dict.fromkeys(("perplexity", "removed_fraction"), 1.0) | vars(chosen)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "results.json"
+    path.write_text(json.dumps(content | {"settings": chosen.identity() | others}))
+    return path
 
 
 def missing(jobs) -> list[str]:
-    return names(job for job in jobs if job.missing())
+    return [job.name for job in jobs if job.missing()]
 
 
-def test_what_is_there_is_not_missing(jobs):
-    found = jobs()
-    assert missing(found) == names(found)
-    pretend(found[0])
-    pretend(found[3])
-    assert missing(found) == ["full_attention_0.0_untrained", "kv_compression_0.5"]
-
-
-def test_results_of_another_machine_and_of_the_protocol_without_meaning_count(jobs):
-    found = jobs()
-    for job in found:
+def test_finished_runs_are_not_missing_whatever_machine_made_them(jobs):
+    names = ["full_attention_0.0", "full_attention_0.0_untrained", "kv_compression_0.5", "local_attention_0.5"]
+    assert missing(jobs()) == names
+    for job in jobs()[::3]:
+        pretend(job)
+    assert missing(jobs()) == names[1:3]
+    for job in jobs():
         pretend(job, attn_implementation="flex_attention", mixed_precision="bf16")
-    assert missing(found) == []
-    assert missing(jobs(protocols=("paper", "matched"))) == ["kv_compression_0.5_paper"]
-    assert missing(jobs(protocols=("paper",))) == ["kv_compression_0.5_paper"]
-    claims = Claims(Path("nowhere"), 60)
-    assert set(sweep_jobs.show(jobs(mixed_precision="no"), claims)) == set(names(found))  # asked for, and not there
+    assert missing(jobs()) == []
+    assert missing(jobs(("paper", "matched"))) == missing(jobs(("paper",))) == ["kv_compression_0.5_paper"]
+    assert list(sweep_jobs.print_commands(jobs(mixed_precision="no"))) == names  # bf16 is there
 
 
-def test_another_experiment_in_the_folder_is_told_and_left_alone(jobs, tmp_path, capsys):
+def test_another_experiment_in_the_folder_is_reported_and_left_alone(jobs, tmp_path):
     paths = [pretend(job) for job in jobs()]
-    failed = sweep_jobs.work(jobs(learning_rate=0.5), Claims(tmp_path / "claims", 60))
-    assert set(failed) == set(names(jobs()))
+    failed = sweep_jobs.run_missing(jobs(learning_rate=0.5), Workers())
+    assert len(failed) == 4
     assert all("learning_rate 0.001 there, 0.5 here" in reason for reason in failed.values())
     assert all(path.exists() for path in paths)
-    assert not (tmp_path / "claims").exists()
-
-
-@pytest.fixture
-def claims(tmp_path):
-    return Claims(tmp_path / "claims", 60)
-
-
-def age(claims, name: str, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(claims.folder / name, (then, then))
-
-
-def files(claims) -> list[str]:
-    return sorted(path.name for path in claims.folder.iterdir())
-
-
-def test_a_living_claim_is_respected_and_a_dead_one_taken_over(claims):
-    first = claims.take("a_0.5")
-    assert json.loads(first.path.read_text())["pid"] == os.getpid()
-    assert claims.take("a_0.5") is None
-    assert claims.take("a_0.5_paper") is not None
-    age(claims, "a_0.5.1", 50)
-    assert claims.take("a_0.5") is None
-    first.keep()
-    assert time.time() - first.path.stat().st_mtime < 10
-
-    age(claims, "a_0.5.1", 70)
-    second = claims.take("a_0.5")
-    assert files(claims) == ["a_0.5.1", "a_0.5.2", "a_0.5_paper.1"]
-    assert claims.take("a_0.5") is None
-    with pytest.raises(GivenUp):
-        first.keep()
-    first.release()
-    assert files(claims) == ["a_0.5.2", "a_0.5_paper.1"]
-    second.keep()
-    second.release()
-    assert files(claims) == ["a_0.5_paper.1"]
-    with pytest.raises(GivenUp):
-        second.keep()
-
-
-def test_what_only_has_the_name_of_a_dead_claim_stays(claims):
-    claims.folder.mkdir()
-    for name, text in [("a.1", "my notes"), ("a.2", ""), ("a.3", '{"ho')]:
-        (claims.folder / name).write_text(text)
-        age(claims, name, 70)
-    claims.take("a").release()
-    assert files(claims) == ["a.1"]
-
-
-def test_a_name_that_was_freed_and_taken_again_is_not_ours(claims):
-    first = claims.take("a")
-    first.path.unlink()
-    second = claims.take("a")
-    assert second.path == first.path
-    with pytest.raises(GivenUp):
-        first.keep()
-    first.release()
-    second.keep()
-
-
-def test_of_two_generations_that_live_neither_counts(claims, monkeypatch):
-    first = claims.take("a")
-    looks = iter([False])  # a look from before the first came
-    monkeypatch.setattr(claims, "held", lambda job, but=None: next(looks, True))
-    assert claims.take("a") is None
-    assert files(claims) == ["a.1"]
-    first.keep()
-
-
-@settings(deadline=None, max_examples=20)
-@given(dead=st.booleans(), workers=st.integers(2, 6))
-def test_of_many_takers_at_most_one_gets_it(tmp_path_factory, dead, workers):
-    claims = Claims(tmp_path_factory.mktemp("race"), 60)
-    if dead:
-        claims.take("a")
-        age(claims, "a.1", 70)
-    start, taken = threading.Barrier(workers), []
-
-    def take():
-        start.wait()
-        taken.append(claims.take("a"))
-
-    threads = [threading.Thread(target=take) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [claim for claim in taken if claim]
-    assert len(winners) <= 1
-    for claim in winners or [claims.take("a")]:
-        claim.keep()
+    assert not (tmp_path / "logs").exists()
 
 
 STUB = """
-import os, sys, time
+import os, signal, sys, time
 folder, name, seconds, status = sys.argv[1:]
-with open(f"{folder}/log", "a") as log:
-    log.write(f"{name} {os.getpid()} {os.getppid()}\\n")
-time.sleep(float(seconds))
-if not int(status):
-    open(f"{folder}/{name}.done", "w").close()
-sys.exit(int(status))
+heard = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+with open(f"{folder}/started", "a") as file:
+    file.write(f"{name} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
+end = time.monotonic() + float(seconds)
+while time.monotonic() < end and not heard:
+    time.sleep(0.02)
+if heard:
+    time.sleep(0.5)  # for more signals
+    open(f"{folder}/{name}.heard", "w").write(" ".join(heard))
+    time.sleep(600 if status == "stubborn" else 0)
+    sys.exit(130)
+print("output of", name, flush=True)
+if status != "0":
+    print("error: an old one\\nerror: no luck", file=sys.stderr)
+    sys.exit(int(status))
+open(f"{folder}/{name}.done", "w").close()
 """
 
 
-def stub(folder, name, seconds=0.0, status=0, steps=1) -> sweep_jobs.Job:
-    """A job of steps that note their process and take a while."""
+def stub(folder, name, seconds=0.0, status=0, steps=1, script="stub.py") -> sweep_jobs.Job:
+    """A job whose steps note their process, take a while, and note the signals that end them."""
     folder.mkdir(exist_ok=True)
-    (folder / "stub.py").write_text(STUB)
+    (folder / script).write_text(STUB)
     found = []
     for number in range(steps):
         own = f"{name}{number or ''}"
-        command = [sys.executable, str(folder / "stub.py"), str(folder), own, str(seconds), str(status)]
+        command = [sys.executable, str(folder / script), str(folder), own, str(seconds), str(status)]
         found.append(sweep_jobs.Step(command, (folder / f"{own}.done").exists))
-    return sweep_jobs.Job(name, found)
+    (folder / name).mkdir(exist_ok=True)
+    return sweep_jobs.Job(folder / name, found)
 
 
-def log(folder) -> list[str]:
-    path = folder / "log"
-    return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+def started(folder, column=0) -> list[str]:
+    path = folder / "started"
+    return [line.split()[column] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_failing_job_is_told_and_the_others_are_done(tmp_path, claims, capsys):
-    found = [stub(tmp_path, "a", steps=2), stub(tmp_path, "b", status=3, steps=2), stub(tmp_path, "c")]
-    assert sweep_jobs.work(found, claims) == {"b": "stub.py ended with exit status 3"}
-    assert log(tmp_path) == ["a", "a1", "b", "c"]
-    assert capsys.readouterr().out.splitlines() == ["a, 3 to go", "b, 2 to go", "c, 1 to go"]
-    assert files(claims) == []
-    (tmp_path / "a1.done").unlink()
-    assert sweep_jobs.work(found[:1], claims) == {}
-    assert log(tmp_path)[4:] == ["a1"]
-
-
-def test_what_failed_here_and_was_done_by_another_has_not_failed(tmp_path, claims):
-    first, last = stub(tmp_path, "a", status=3), stub(tmp_path, "b")
-    first = sweep_jobs.Job(
-        "a", [first.steps[0]._replace(done=lambda: "b" in log(tmp_path))]
-    )  # by then another has done it
-    assert sweep_jobs.work([first, last], claims) == {}
-    assert log(tmp_path) == ["a", "b"]
-
-
-def test_a_command_that_leaves_nothing_is_not_repeated_for_ever(tmp_path, claims):
-    job = stub(tmp_path, "a")
-    job = sweep_jobs.Job("a", [job.steps[0]._replace(done=lambda: False)])
-    assert "not there" in sweep_jobs.work([job], claims)["a"]
-    assert log(tmp_path) == ["a"]
-
-
-def test_what_others_do_is_waited_for(tmp_path):
-    claims = Claims(tmp_path / "claims", 3)
-    living, dead = claims.take("a"), claims.take("b")
-    age(claims, "b.1", 4)
-
-    def finish_a():
-        for _ in range(10):
-            time.sleep(0.1)
-            living.keep()
-        (tmp_path / "a.done").touch()
-        living.release()
-
-    other = threading.Thread(target=finish_a)
-    other.start()
-    assert sweep_jobs.work([stub(tmp_path, "a"), stub(tmp_path, "b")], claims) == {}
-    other.join()
-    assert log(tmp_path) == ["b"]
-    assert files(claims) == []
-    with pytest.raises(GivenUp):
-        dead.keep()
-
-
-def test_a_worker_that_was_given_up_on_ends_its_run(tmp_path, capsys):
-    claims = Claims(tmp_path / "claims", 1.2)
-    job = stub(tmp_path, "a", seconds=600)
-
-    def take_over():
-        wait_until(lambda: log(tmp_path))
-        while not (taken := claims.take("a")):
-            age(claims, "a.1", 2)
-        (tmp_path / "a.done").touch()
-        time.sleep(0.5)
-        taken.release()
-
-    other = threading.Thread(target=take_over)
-    other.start()
-    assert sweep_jobs.work([job], claims) == {}
-    other.join()
-    assert "another worker has taken over" in capsys.readouterr().out
-    assert not is_running(int((tmp_path / "log").read_text().split()[1]))
-    assert files(claims) == []
-
-
-def is_running(pid: int) -> bool:
+def is_running(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -399,36 +226,163 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing ends a killed worker's run elsewhere")
-def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(2)
+def in_another_process(work, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
 
-    def work(seconds, start=None):
-        if start:
-            start.wait()
-        sys.exit(len(sweep_jobs.work([stub(tmp_path, f"job{number}", seconds) for number in range(6)], claims)))
 
-    killed = context.Process(target=work, args=(600,))
-    killed.start()
-    wait_until(lambda: log(tmp_path))
+def test_a_failing_job_is_listed_and_the_others_are_done(tmp_path, capfd):
+    found = [stub(tmp_path, "a", steps=2), stub(tmp_path, "b", status=3, steps=2), stub(tmp_path, "c")]
+    reason = f"stub.py ended with exit status 3: no luck ({tmp_path}/logs/b.log)"
+    assert sweep_jobs.run_missing(found, Workers()) == {"b": reason}
+    assert started(tmp_path) == ["a", "a1", "b", "c"]
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["a (1 of 3)", "b (2 of 3)", "c (3 of 3)"]
+    assert err.splitlines()[:2] == ["output of a", "output of a1"]
+    assert (tmp_path / "logs" / "c.log").read_text() == "output of c\n"
+    (tmp_path / "a1.done").unlink()
+    assert sweep_jobs.run_missing(found[:1], Workers()) == {}
+    assert started(tmp_path)[4:] == ["a1"]
+
+
+def test_a_job_fails_by_what_it_leaves(tmp_path):
+    """What failed here and another process has done has not failed, what leaves no results has, and runs once."""
+
+    def job(name, status, done):
+        job = stub(tmp_path, name, status=status)
+        return job._replace(steps=[job.steps[0]._replace(done=done)])
+
+    found = [job("a", 3, lambda: "b" in started(tmp_path)), job("b", 0, lambda: False)]
+    assert sweep_jobs.run_missing(found, Workers()) == {"b": "all commands succeeded, but their results are missing"}
+    assert started(tmp_path) == ["a", "b"]
+
+
+def test_several_at_a_time_share_the_machine(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def end_a():
+        wait_until(lambda: len(started(tmp_path)) == 4)
+        os.kill(int(started(tmp_path, 1)[started(tmp_path).index("a")]), signal.SIGTERM)
+
+    threading.Thread(target=end_a).start()
+    found = [stub(tmp_path, "a", 600), *(stub(tmp_path, name) for name in "bcd")]
+    failed = sweep_jobs.run_missing(found, Workers(2))
+    assert failed == {"a": f"stub.py ended with exit status 130 ({tmp_path}/logs/a.log)"}
+    assert set(started(tmp_path, 2)) == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    assert "output of" not in capfd.readouterr().err
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [Workers(3)._share(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    assert Workers(2)._share(1) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
+    assert Workers(1)._share(0) == {}
+
+
+def test_a_run_that_another_process_works_on_is_skipped(tmp_path, capsys):
+    found = [stub(tmp_path, "a", seconds=1), stub(tmp_path, "b")]
+    other = in_another_process(sweep_jobs.run_missing, found[:1], Workers())
+    wait_until(lambda: started(tmp_path))
+    assert sweep_jobs.run_missing(found, Workers()) == sweep_jobs.print_commands(found) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["a (1 of 2)", "b (2 of 2)", "a: another process is working on this run, skipped here"]
+    assert sweep_jobs.summary(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
+    other.join()
+    assert started(tmp_path) == ["a", "b"]
+    assert sweep_jobs.summary(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
+
+
+def test_a_run_that_finds_its_folder_locked_is_skipped_too(tmp_path, capsys):
+    """Another process has taken the lock between the sweep's look and the run's own."""
+    taken = workers.locked(tmp_path / "a" / "run.lock")
+    threading.Thread(target=lambda: (wait_until(lambda: started(tmp_path)), taken.__enter__())).start()
+    assert sweep_jobs.run_missing([stub(tmp_path, "a", 1, status=1, script="run_clm.py")], Workers()) == {}
+    assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing ends a killed sweep's run elsewhere")
+def test_a_killed_sweep_ends_its_run_and_the_next_one_continues(tmp_path):
+    killed = in_another_process(sweep_jobs.run_missing, [stub(tmp_path, "a", 600)], Workers())
+    wait_until(lambda: started(tmp_path))
     killed.kill()
     killed.join()
-    name, pid, _ = (tmp_path / "log").read_text().split()
-    wait_until(lambda: not is_running(int(pid)))
-    assert (name, files(claims)) == ("job0", ["job0.1"])
-    age(claims, "job0.1", 70)
+    wait_until(lambda: not is_running(*started(tmp_path, 1)))
+    assert (tmp_path / "a.heard").read_text() == "SIGTERM"
+    assert sweep_jobs.run_missing([stub(tmp_path, "a")], Workers()) == {}
 
-    workers = [context.Process(target=work, args=(0.5, start)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert sorted(log(tmp_path)) == ["job0", *(f"job{number}" for number in range(6))]
-    parents = {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()[1:]}
-    assert parents == {str(worker.pid) for worker in workers}
-    assert files(claims) == []
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_hear_once_of_what_the_terminal_tells_all_processes(tmp_path, number):
+    def work():
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_jobs.run_missing([stub(tmp_path, name, 600) for name in "abc"], Workers(2))
+        os._exit(7)
+
+    worker = in_another_process(work)
+    wait_until(lambda: len(started(tmp_path)) == 2)
+    os.killpg(worker.pid, number)
+    worker.join()
+    assert worker.exitcode == 7
+    assert [(tmp_path / f"{name}.heard").read_text() for name in "ab"] == ["SIGTERM"] * 2
+    assert sorted(started(tmp_path)) == ["a", "b"]
+
+
+def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 1)
+
+    def interrupt():
+        wait_until(lambda: started(tmp_path))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep_jobs.run_missing([stub(tmp_path, "a", 600, "stubborn")], Workers())
+    assert not is_running(*started(tmp_path, 1))
+
+
+def test_a_job_array_is_requeued_at_its_limit_and_resumes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    cluster, folder = StandInSlurm(tmp_path), tmp_path / "a sweep"
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)  # not where this package is
+    found = [stub(folder, "a", 600, steps=2), stub(folder, "b", status=3)]
+
+    def submit() -> list[str]:
+        slurm.submit(sweep_jobs.tasks(found, {}), folder, {"partition": "gpu", "gpus_per_node": 1, "licenses": "x"})
+        return capsys.readouterr().out.splitlines()
+
+    assert submit()[:2] == ["a: submitted as job 101_0", "b: submitted as job 101_1"]
+    flags = [line.removeprefix("#SBATCH --") for line in cluster.script().splitlines()]
+    expected = {"array=0-1%2", "partition=gpu", "gpus-per-node=1", "licenses=x", "requeue", "signal=USR2@150"}
+    assert expected <= set(flags)
+    wait_until(lambda: cluster.queued() == ["101_0"] and "a" in started(folder))
+    cluster.install("sbatch", FULL)
+    with pytest.raises(RunError, match="slurm did not take the runs: sbatch: error: no more jobs"):
+        submit()
+    ended = f"b: job 101_1 ended before its work was done, see {folder}/logs/b.log"
+    assert capsys.readouterr().out.splitlines() == ["a: is job 101_0 in slurm's queue", ended]
+
+    (folder / "stub.py").write_text(STUB.replace("float(seconds)", "0"))
+    cluster.warn("101_0", signal.SIGUSR2)
+    wait_until(lambda: not cluster.queued())
+    assert (folder / "a.heard").read_text() == "SIGTERM"
+    assert sorted(started(folder)) == ["a", "a", "a1", "b"]
+    assert missing(found) == ["b"]
+
+
+def test_without_slurm_or_submitit_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    pytest.importorskip("submitit")
+    with pytest.raises(RunError, match="no slurm on this machine"):
+        slurm.submit([], tmp_path, {})
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(RunError, match="pip install submitit"):
+        slurm.submit([], tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -440,7 +394,12 @@ def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
         (["--protocols", "matched,fair"], "--protocols fair: choose from paper, matched"),
         (["--seeds", "-1"], "--seed must be at least 0"),
         (["--claims", "3"], "--claims must be 1 or 1,2"),
-        (["--claim_timeout", "nan"], "at least 1"),
+        (["--jobs", "0"], "at least 1, got 0"),
+        (["--slurm", "--preset", "auto"], "--slurm needs --preset"),
+        (["--slurm", "--jobs", "2"], "array_parallelism"),
+        (["--slurm_option", "partition=gpu"], "needs --slurm"),
+        (["--slurm", "--slurm_option", "partition"], "must be KEY=VALUE"),
+        (["--slurm", "--slurm_option", "time=1-00:00"], "must be a number of minutes"),
         (["--num_documents", "4"], "need --claims 1,2"),
         (["--claims", "1,2", "--num_documents", "0"], "at least 1, got 0"),
         (["--claims", "1,2", "--docs_file", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -461,7 +420,7 @@ def test_workers_share_a_folder_and_outlive_each_other(tmp_path, claims):
 )
 def test_bad_input_takes_one_line_and_runs_nothing(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_jobs, "work", None)
+    monkeypatch.setattr(sweep_jobs, "run_missing", None)
     assert run(script, "--preset", "embedded", *flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -471,7 +430,7 @@ def test_bad_input_takes_one_line_and_runs_nothing(capsys, tmp_path, monkeypatch
 
 
 def test_a_folder_that_cannot_be_written_to(capsys, tmp_path):
-    (tmp_path / "claims").write_text("a file")
+    (tmp_path / "logs").write_text("a file")
     assert run(script, "--preset", "embedded", "--folder", tmp_path, "--ratios", "0.5") == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -492,10 +451,10 @@ def test_a_dry_run_prints_commands_that_run_anywhere(tiny, tmp_path, monkeypatch
 
     assert subprocess.run(commands[1], cwd="/", capture_output=True).returncode == 0
     assert read_results(folder / "full_attention_0.0_untrained")["eval_only"]
-    claim = Claims(folder / "claims", 60).take("full_attention_0.0")
-    assert run(script, *flags, "--dry-run") == 0
+    (folder / "full_attention_0.0").mkdir()
+    with workers.locked(folder / "full_attention_0.0" / "run.lock"):
+        assert run(script, *flags, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines() == [shlex.join(command) for command in commands[2:]]
-    claim.release()
     assert run(script, *flags, "--dry-run", "--claims", "1,2", "--num_documents", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     programs = [[Path(part.split()[1]).name for part in line.split(" && ")] for line in lines]
@@ -509,16 +468,17 @@ def in_this_process(tiny_model, tmp_path, monkeypatch) -> list[str]:
     called = []
     monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
-    def call(command, claim):
-        AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
-        path = Path(command[1])
-        called.append(path.stem)
-        return run(
-            {"run_clm": run_clm, "generate_c4": generate_c4, "eval_generation": eval_generation}[path.stem],
-            *command[2:],
-        )
+    def carry_out(self, task, slot):
+        for command in task.commands:
+            AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
+            name = Path(command[1]).stem
+            called.append(name)
+            modules = {"run_clm": run_clm, "generate_c4": generate_c4, "eval_generation": eval_generation}
+            if status := run(modules[name], *command[2:]):
+                raise RunError(f"{name}.py ended with exit status {status}")
+        yield
 
-    monkeypatch.setattr(sweep_jobs, "_call", call)
+    monkeypatch.setattr(Workers, "_carry_out", carry_out)
     return called
 
 
@@ -539,7 +499,7 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert [found["untrained"] for found in results] == [None] * 3
 
     flags += ["--claims", "1,2", "--docs_file", Path(tiny[5]).parent / "docs.jsonl", "--num_documents", "2"]
-    flags += ["--num_continuations", "2"]
+    flags += ["--num_continuations", "2", "--prefix_words", "20", "--continuation_words", "4"]
     in_this_process.clear()
     assert run(script, *flags) == 0
     assert in_this_process == ["generate_c4", "eval_generation"] * 3
@@ -561,73 +521,6 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert errors == [f"error: {name}: generate_c4.py ended with exit status 2" for name in trained]
 
 
-def test_an_interrupted_worker_ends_its_run_and_takes_its_claim_back(tmp_path, claims):
-    def interrupt():
-        wait_until(lambda: log(tmp_path))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        sweep_jobs.work([stub(tmp_path, "a", seconds=600)], claims)
-    assert not is_running(int((tmp_path / "log").read_text().split()[1]))
-    assert files(claims) == []
-
-
-NOTING = """
-import signal, sys, time
-folder, patience = sys.argv[1:]
-told = []
-signal.signal(signal.SIGINT, lambda number, frame: told.append("INT"))
-signal.signal(signal.SIGTERM, lambda number, frame: told.append("TERM"))
-open(f"{folder}/ready", "w").close()
-while not told:
-    time.sleep(0.02)
-time.sleep(float(patience))
-with open(f"{folder}/told", "w") as file:
-    file.write(" ".join(told))
-"""
-
-
-def noting(folder, patience=0.5) -> sweep_jobs.Job:
-    """A job whose command notes the signals that it gets, and goes when it has had time for more to come."""
-    (folder / "noting.py").write_text(NOTING)
-    command = [sys.executable, str(folder / "noting.py"), str(folder), str(patience)]
-    return sweep_jobs.Job("a", [sweep_jobs.Step(command, (folder / "done").exists)])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_hears_once_of_what_the_terminal_tells_all_its_processes(tmp_path, claims, number):
-    def work():
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with pytest.raises(KeyboardInterrupt):
-            sweep_jobs.work([noting(tmp_path)], claims)
-        sys.exit(7)
-
-    worker = multiprocessing.get_context("fork").Process(target=work)
-    worker.start()
-    wait_until((tmp_path / "ready").exists)
-    os.killpg(worker.pid, number)
-    worker.join()
-    assert worker.exitcode == 7
-    assert (tmp_path / "told").read_text() == "TERM"
-    assert files(claims) == []
-
-
-def test_a_run_that_does_not_go_is_ended(tmp_path, claims, monkeypatch):
-    monkeypatch.setattr(sweep_jobs, "GRACE", 0.3)
-
-    def interrupt():
-        wait_until((tmp_path / "ready").exists)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        sweep_jobs.work([noting(tmp_path, patience=600)], claims)
-    assert not (tmp_path / "told").exists()
-    assert files(claims) == []
-
-
 def test_as_a_program_that_is_told_to_end(tiny, tmp_path):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["sh", str(ROOT / "sweep.sh"), *tiny, "--ratios", "0.5", "--max_train_steps", "100000"]
@@ -636,12 +529,14 @@ def test_as_a_program_that_is_told_to_end(tiny, tmp_path):
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            wait_until((tmp_path / "full_attention_0.0" / "train.log").exists)
-            assert os.listdir(tmp_path / "claims") == ["full_attention_0.0.1"]
+            training = tmp_path / "full_attention_0.0" / "train.log"
+            wait_until(lambda: training.exists() and "step" in training.read_text())
+            again = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
         finally:
             process.terminate()
         out, err = process.communicate()
     assert process.returncode == 130
-    assert out.splitlines()[0].startswith("full_attention_0.0, ")
+    assert out.splitlines()[0].startswith("full_attention_0.0 (1 of ")
     assert err.splitlines()[-1] == "interrupted: the same command continues"
-    assert os.listdir(tmp_path / "claims") == []
+    assert "full_attention_0.0 " not in again.stdout.replace("\n", " ")
+    assert list((tmp_path / "full_attention_0.0" / "checkpoints").iterdir())

@@ -243,6 +243,12 @@ def rows_of(rule: MaskMod, batch: int, length: int, start: int, device=None) -> 
     return mask
 
 
+def own_key(new: int, slots: int, device) -> Tensor:
+    """The own key of each of the last `new` tokens among as many `slots`: bool `(new, slots)`."""
+    index = torch.arange(slots, device=device)
+    return index == index[slots - new :, None]
+
+
 def block_mask(rule: MaskMod, batch: int, length: int, device=None):
     """The rule as FlexAttention's `BlockMask` for `batch` sequences, shared by all heads."""
     from torch.nn.attention.flex_attention import create_block_mask

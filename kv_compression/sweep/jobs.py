@@ -1,15 +1,11 @@
-"""Many runs, done by any number of workers that share a folder and nothing else.
+"""The jobs of a sweep: each run's commands, how to tell that their work is done, and doing what is missing."""
 
-A job is a run's commands and how to tell that their work is done already. Knows commands and files; what a run does is
-the scripts' business, who carries it out that of `claims`.
-"""
-
+import argparse
 import hashlib
+import os
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,103 +13,18 @@ from typing import NamedTuple
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded, reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import documents, records, scorers
 from kv_compression.io import strict_json
-from kv_compression.io.errors import RunError, UsageError, one_line
-from kv_compression.io.processes import END_WITH_PARENT
-from kv_compression.io.results import RESULTS, read_results
+from kv_compression.io.errors import ROOT, RunError, UsageError, command_line, one_line
+from kv_compression.io.results import RESULTS, read_results, table
 from kv_compression.methods import METHODS
-from kv_compression.methods.full_attention import FullAttention
 from kv_compression.settings import Settings
-from kv_compression.sweep.claims import Claim, Claims, GivenUp
-from kv_compression.training import run as training_run
+from kv_compression.sweep.flags import OF_CLAIM_2, RATIOS, ParseRun
+from kv_compression.sweep.plan import PlannedRun, as_flags, plan
+from kv_compression.sweep.workers import Busy, Task, Workers, is_locked
+from kv_compression.training import run_folder
 
-SCRIPTS = Path(__file__).resolve().parents[2]
-FULL = FullAttention.name  # full attention, the baseline
-POLL = 5.0  # seconds between looks at what other workers do
-GRACE = 90.0  # seconds for a command to go when it is told to: a run finishes its step and writes a checkpoint
-
-
-class Run(NamedTuple):
-    """One run of a sweep."""
-
-    method: str
-    ratio: float
-    protocol: str
-    seed: int = 0
-    eval_only: bool = False
-    own_schedule: bool = False  # is another protocol's training another, even without sentinels?
-
-    @property
-    def name(self) -> str:
-        """Its folder within the sweep's."""
-        name = f"{self.method}_{self.ratio}"
-        if self.protocol == "paper" and (self.own_schedule or METHODS[self.method].uses_sentinels):
-            name += "_paper"
-        if self.seed:
-            name += f"_seed{self.seed}"
-        return name + ("_untrained" if self.eval_only else "")
-
-    def flags(self, given: dict) -> list[str]:
-        """Its flags of run_clm.py, on top of those `given` to all runs (by name).
-
-        The untouched model is scored by the one run that does nothing else. Options of KV compression are not for
-        other methods, but for the sinks of sink attention.
-        """
-        others = set() if METHODS[self.method].uses_sentinels else set(run_settings.OF_KV_COMPRESSION)
-        others -= {"sink_tokens"} if self.method == "sink_attention" else set()
-        own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
-        own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
-        return as_flags(own | {name: value for name, value in given.items() if name not in others})
-
-
-def as_flags(values: dict) -> list[str]:
-    """Values by name as the flags that give them."""
-    words = []
-    for name, value in values.items():
-        if value is not None:
-            parts = value if isinstance(value, tuple) else () if value is True else (value,)
-            words += [f"--{name}", *map(str, parts)]
-    return words
-
-
-def plan(
-    methods: Sequence[str],
-    ratios: Sequence[float],
-    seeds: Sequence[int],
-    protocols: Sequence[str],
-    accumulation: int = 1,
-) -> list[Run]:
-    """All runs, in an order of which any beginning makes a report: a seed's baseline, then its ratios as `spread`.
-
-    A method without sentinels reads the same blocks in both protocols, and results hold both ways of averaging: it
-    runs once, unless there are steps of `accumulation`, with which learning rates differ.
-    """
-    apart = accumulation > 1
-    shared = protocols if apart else ["matched" if "matched" in protocols else "paper"]
-    runs = []
-    for seed in seeds:
-        runs += [Run(FULL, 0.0, protocol, seed) for protocol in shared]
-        if seed == seeds[0]:  # nothing is drawn: one for all seeds
-            runs += [Run(FULL, 0.0, protocol, eval_only=True) for protocol in shared]
-        for ratio in spread(ratios):
-            for method in methods:
-                own = protocols if METHODS[method].uses_sentinels else shared
-                runs += [Run(method, ratio, protocol, seed) for protocol in own if method != FULL]
-    return [run._replace(own_schedule=apart) for run in runs]
-
-
-def spread(values: Sequence[float]) -> list[float]:
-    """The middle, the ends, then what halves the gaps, so that any beginning covers the range."""
-    values = sorted(set(values))
-    last = len(values) - 1
-    order, gaps = [last // 2, last, 0], [(last // 2, last), (0, last // 2)]
-    for low, high in gaps:
-        if high - low > 1:
-            middle = (low + high) // 2
-            order.append(middle)
-            gaps += [(middle, high), (low, middle)]
-    return [values[index] for index in dict.fromkeys(order)]
+LOGS = "logs"  # of the commands' output, in the sweep's folder
 
 
 class Step(NamedTuple):
@@ -124,20 +35,30 @@ class Step(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a worker claims: a run and what is made of it."""
+    """A run, and what claim 2 makes of it."""
 
-    name: str
+    folder: Path
     steps: Sequence[Step]
 
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.name
+
     def missing(self) -> list[list[str]]:
-        """The commands that are still to be run."""
+        """The commands whose work is not done. Raises what `Step.done` raises."""
         return [step.command for step in self.steps if not step.done()]
+
+    def task(self, commands: list[list[str]]) -> Task:
+        """These commands as a task for `Workers`."""
+        log = self.folder.parent / LOGS / f"{self.name}.log"
+        return Task(self.name, commands, self.folder / run_folder.LOCK, log)
 
 
 def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str]) -> Step:
-    """Claim 1's run of these settings, which `flags` stand for.
+    """Claim 1 with these settings, which `flags` ask for.
 
-    Results count with other values of the settings named in `any_of`, and of those that the method has no use for.
+    Existing results may differ in the settings named in `any_of`, and in those that the method does not use.
     """
     if not METHODS[settings.method].uses_sentinels:
         any_of = [*any_of, "protocol", "fixed_spans"]
@@ -145,14 +66,14 @@ def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str])
     def done() -> bool:
         found = (read_results(Path(settings.output_dir)) or {}).get("settings") or {}
         there = {name: found[name] for name in any_of if name in found}
-        return training_run.finished(replace(settings, **there), overwrite=False) is not None
+        return run_folder.finished(replace(settings, **there), overwrite=False) is not None
 
-    return Step([sys.executable, str(SCRIPTS / "run_clm.py"), *flags], done)
+    return Step([sys.executable, str(ROOT / "run_clm.py"), *flags], done)
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """What claim 2 asks of every fine-tuned model, by the names of generate_c4.py's flags."""
+    """What claim 2 generates with every fine-tuned model, by the names of generate_c4.py's flags."""
 
     docs_file: str | None = None
     num_documents: int = 200
@@ -161,12 +82,12 @@ class Continuations:
     prefix_words: int = 128
     continuation_words: int = 64
     mixed_precision: str = "auto"
-    compress_generated: bool | None = None  # None: not asked for
+    compress_generated: bool | None = None  # None: the flag is not given
 
     def about(self, preset: str) -> dict:
-        """What a generation file is told to be made from, and `documents`, how many it continues.
+        """What a generation file of these continuations records about itself, and the number of `documents` in it.
 
-        Which documents is told too, unless they are C4's, which would have to be streamed.
+        The documents' digest is included unless they are C4's, which would have to be streamed first.
         """
         about = {"prefix_words": self.prefix_words, "words": self.continuation_words, "documents": self.num_documents}
         about |= {"continuations": self.num_continuations, "batch_size": self.batch_size}
@@ -179,12 +100,12 @@ class Continuations:
             texts = embedded.embedded_text()["test"]["text"]
         else:
             return about
-        found = sampling.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        return about | {"documents": len(found), "documents_sha256": sampling.documents_digest(found)}
+        found = documents.pick_documents(texts, self.num_documents, self.prefix_words, self.continuation_words)
+        return about | {"documents": len(found), "documents_sha256": documents.documents_digest(found)}
 
 
 def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
-    """Claim 2's first half for the run in `folder`."""
+    """Claim 2's continuations by the run in `folder`."""
     path = folder / "generation.jsonl"
 
     def done() -> bool:
@@ -195,12 +116,12 @@ def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
         expected = about | {"results_sha256": _sha256(records.read_bytes(folder / RESULTS))}
         return all(found.get(name) == value for name, value in expected.items())
 
-    return Step([sys.executable, str(SCRIPTS / "generate_c4.py"), "--model_dir", str(folder), *flags], done)
+    return Step([sys.executable, str(ROOT / "generate_c4.py"), "--model_dir", str(folder), *flags], done)
 
 
 def scoring(folder: Path, preset: str) -> Step:
-    """Claim 2's second half for the run in `folder`."""
-    path, scorers = folder / "generation.jsonl", run_settings.scorers(preset, None, None)
+    """Claim 2's scores of the continuations in `folder`."""
+    path, models = folder / "generation.jsonl", scorers.scorers(preset, None, None)
 
     def done() -> bool:
         try:
@@ -208,27 +129,47 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= scorers.record()
+        made_from |= models.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
-    return Step([sys.executable, str(SCRIPTS / "eval_generation.py"), str(path)], done)
+    return Step([sys.executable, str(ROOT / "eval_generation.py"), str(path)], done)
 
 
-def jobs(
-    runs: Sequence[Run],
+def planned(flags: argparse.Namespace, given: dict, parse_run: ParseRun) -> tuple[Path, list[Job]]:
+    """The sweep's folder and its jobs, from what `flags.parse` returns. UsageError if a run is not possible."""
+    preset, _ = run_settings.choose_preset(flags.preset)
+    chosen = run_settings.PRESETS[preset] | given
+    protocols = flags.protocols or [chosen.get("protocol", Settings.protocol)]
+    accumulation = chosen.get("gradient_accumulation_steps", Settings.gradient_accumulation_steps)
+    runs = plan(flags.methods or list(METHODS), flags.ratios or RATIOS, flags.seeds or [0], protocols, accumulation)
+    folder = Path(os.path.abspath(flags.folder or f"output/sweep/{preset}"))
+    continuations = None
+    if 2 in flags.claims:
+        asked = {name: value for name in OF_CLAIM_2 if (value := getattr(flags, name)) is not None}
+        asked |= {"docs_file": os.path.abspath(flags.docs_file)} if flags.docs_file else {}
+        continuations = Continuations(**asked, mixed_precision=given.get("mixed_precision", "auto"))
+
+    def settings_of(words: list[str]) -> Settings:
+        return run_settings.resolve(parse_run(words)[0])
+
+    return folder, make_jobs(runs, folder, given | {"preset": preset}, settings_of, continuations)
+
+
+def make_jobs(
+    runs: Sequence[PlannedRun],
     folder: Path,
     given: dict,
     settings_of: Callable[[list[str]], Settings],
     continuations: Continuations | None = None,
 ) -> list[Job]:
-    """The jobs of runs below `folder`, with claim 2's part where `continuations` are asked for.
+    """The jobs of runs in `folder`, with claim 2's steps if there are `continuations` to generate.
 
-    `given` are run_clm.py's flags for all of them, `settings_of` reads such flags. UsageError if a run cannot be.
+    `given` are run_clm.py's flags for all runs, `settings_of` parses such flags. UsageError if a run is not possible.
     """
-    # What is left to the machine may differ between workers.
+    # These depend on the machine unless they are given, and machines may differ.
     any_of = [name for name in ("mixed_precision", "attn_implementation") if given.get(name, "auto") == "auto"]
     any_of += ["num_processes"]
-    found, about = [], {}
+    jobs, about = [], {}
     for run in runs:
         target = folder / run.name
         flags = run.flags(given | {"output_dir": str(target)})
@@ -237,53 +178,62 @@ def jobs(
         if continuations and not run.eval_only:
             about = about or continuations.about(settings.preset)
             steps += [generating(target, as_flags(asdict(continuations)), about), scoring(target, settings.preset)]
-        found.append(Job(run.name, steps))
-    return found
+        jobs.append(Job(target, steps))
+    return jobs
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def work(jobs: Sequence[Job], claims: Claims) -> dict[str, str]:
-    """Do what is missing, the first that is free first, until nothing is left; returns what nobody could do."""
+def tasks(jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Task]:
+    """What is missing of each job, checked when the task is asked for; jobs that cannot be checked go to `failed`."""
+    for job in jobs:
+        if commands := _missing(job, failed):
+            yield job.task(commands)
+
+
+def run_missing(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
+    """Do what is missing; returns why what is still missing failed, by job."""
     failed: dict[str, str] = {}
-    everything = jobs
-    while jobs := [job for job in jobs if _missing(job, failed)]:
-        taken = next(((job, claim) for job in jobs if (claim := claims.take(job.name))), None)
-        if taken is None:  # whoever has them may yet fail or die
-            time.sleep(min(POLL, claims.beat))
-            continue
-        job, claim = taken
-        try:
-            print(f"{job.name}, {len(jobs)} to go", flush=True)
-            _carry_out(job, claim, failed)
-        except GivenUp:
-            print(f"{job.name}: another worker has taken over", flush=True)
-        finally:
-            claim.release()
-    return {job.name: failed[job.name] for job in everything if job.name in failed and not _finished(job)}
+    started, count = set(), len(list(tasks(jobs, {})))
+
+    def announced() -> Iterator[Task]:
+        for task in tasks(jobs, failed):
+            started.add(task.name)
+            print(f"{task.name} ({len(started)} of {count})", flush=True)
+            yield task
+
+    errors = workers.run(announced())
+    for name, error in errors.items():
+        if isinstance(error, Busy):
+            print(f"{name}: {error}", flush=True)
+        else:
+            failed[name] = one_line(error)
+    for job in jobs:
+        if job.name in started - errors.keys() and _missing(job, failed):
+            failed[job.name] = "all commands succeeded, but their results are missing"
+    return {job.name: failed[job.name] for job in jobs if job.name in failed and not is_finished(job)}
 
 
-def _finished(job: Job) -> bool:
-    """Whether another worker has done what failed here."""
+def is_finished(job: Job) -> bool:
+    """Whether all of a job's work is done."""
     with suppress(UsageError, RunError, OSError):
         return not job.missing()
     return False
 
 
-def show(jobs: Sequence[Job], claims: Claims) -> dict[str, str]:
-    """Print the commands of what is missing and in nobody's hands, a line a job; returns what failed, as `work`."""
+def print_commands(jobs: Sequence[Job]) -> dict[str, str]:
+    """Print a shell line for each job that is neither finished nor under way; returns what failed as `run_missing`."""
     failed: dict[str, str] = {}
-    for job in jobs:
-        commands = _missing(job, failed)
-        if commands and not claims.held(job.name):
-            print(" && ".join(map(shlex.join, commands)))
+    for task in tasks(jobs, failed):
+        if not is_locked(task.lock):
+            print(" && ".join(map(shlex.join, task.commands)))
     return failed
 
 
 def _missing(job: Job, failed: dict[str, str]) -> list[list[str]]:
-    """The job's missing commands; none if it has failed or fails now."""
+    """The job's missing commands; none if it has failed, or fails now."""
     try:
         return [] if job.name in failed else job.missing()
     except (UsageError, RunError, OSError) as error:
@@ -291,36 +241,14 @@ def _missing(job: Job, failed: dict[str, str]) -> list[list[str]]:
         return []
 
 
-def _carry_out(job: Job, claim: Claim, failed: dict[str, str]) -> None:
-    """Run the job's commands; what another worker did before the claim was taken is left out."""
-    for command in _missing(job, failed):
-        status = _call(command, claim)
-        if status:
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            failed[job.name] = f"{Path(command[1]).name} ended with {how}"
-            return
-    if _missing(job, failed):
-        failed[job.name] = "all commands ended well, and yet their results are not there"
-
-
-def _call(command: list[str], claim: Claim) -> int:
-    """The exit status of a command; the claim is kept while it runs, and it does not outlive this worker.
-
-    It is in a process group of its own, so that of a Ctrl-C it hears once, from this worker.
-    """
-    child = subprocess.Popen(command, process_group=0, preexec_fn=END_WITH_PARENT)
-    try:
-        while True:
-            try:
-                return child.wait(timeout=claim.claims.beat)
-            except subprocess.TimeoutExpired:
-                claim.keep()
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            try:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=GRACE)
-            finally:  # whoever interrupts again does not want to wait
-                child.kill()
-                child.wait()
+def summary(jobs: Sequence[Job], folder: Path) -> str:
+    """How many runs are finished, their table, and the command for the report."""
+    done = sum(map(is_finished, jobs))
+    lines = [f"{'all' if done == len(jobs) else f'{done} of'} {len(jobs)} runs are finished, in {folder}"]
+    results = []
+    for job in jobs:
+        with suppress(RunError):
+            results.append(read_results(job.folder))
+    if results := [found for found in results if found and not found.get("eval_only")]:
+        lines += [table(results), f"plots, tables and verdicts: {command_line('report.py', folder)}"]
+    return "\n".join(lines)
