@@ -38,16 +38,7 @@ def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, defaults=True):
-        tiny = [
-            "--method",
-            "kv_compression",
-            "--preset",
-            "embedded",
-            "--model_name_or_path",
-            tiny_model,
-            "--mixed_precision",
-            "no",
-        ]
+        tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
         tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
         tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
         tiny += ["--method", "kv_compression"]
