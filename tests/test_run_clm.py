@@ -379,7 +379,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=["rule", "information", "documents"])
-def test_variants_remove_what_they_say_and_are_told_apart(call, flags):
+def test_variants_remove_their_share_and_are_other_runs(call, flags):
     status, _, errors = call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out", *flags)
     assert (status, errors) == (0, [])
     results = results_of("out")

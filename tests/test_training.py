@@ -181,7 +181,7 @@ def test_the_published_decay_ends_at_two_thirds_of_the_rate_and_the_sane_one_at_
     assert (report.scheduler_steps, report.scheduler_warmup_steps) == (18, 0)
 
 
-def test_a_resumed_run_goes_on_with_the_published_rates(tmp_path):
+def test_a_resumed_run_keeps_the_published_rates(tmp_path):
     wanted = settings(gradient_accumulation_steps=3, published_schedule=True, num_warmup_steps=1)
     checkpoints = Checkpoints(tmp_path, {}, steps=2)
     whole, report = rates_of(blocks_of(), wanted, checkpoints=checkpoints)
