@@ -6,21 +6,13 @@ Without arguments, every generation file below output/.
 import sys
 
 from kv_compression.generation.records import find_files
-from kv_compression.generation.request import ScoringRequest, add_flags
+from kv_compression.generation.request import ScoringRequest, parse
 from kv_compression.io.errors import is_main_process, quiet_libraries, run_script
-from kv_compression.io.flags import Parser
-
-
-def parse() -> ScoringRequest:
-    """The flags of this script."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_flags(parser, ScoringRequest)
-    return ScoringRequest(**vars(parser.parse_args()))
 
 
 def main() -> None:
     """Score what has no scores yet, then show everything."""
-    request = parse()
+    request = parse(ScoringRequest, __doc__, files=True)
     files = find_files(request.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
     from kv_compression.generation.run import score

@@ -2,22 +2,14 @@
 
 import sys
 
-from kv_compression.generation.request import GenerationRequest, add_flags
+from kv_compression.generation.request import GenerationRequest, parse
 from kv_compression.io.errors import is_main_process, quiet_libraries, run_script
-from kv_compression.io.flags import Parser
 from kv_compression.io.results import results_of_run
-
-
-def parse() -> GenerationRequest:
-    """The flags of this script."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    add_flags(parser, GenerationRequest)
-    return GenerationRequest(**vars(parser.parse_args()))
 
 
 def main() -> None:
     """Generate what is missing."""
-    request = parse()
+    request = parse(GenerationRequest, __doc__)
     if is_main_process():  # before the seconds that the imports take
         results_of_run(request.model_dir)
     quiet_libraries()

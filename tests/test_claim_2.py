@@ -21,6 +21,7 @@ from kv_compression.data import embedded
 from kv_compression.generation import run as generation_run
 from kv_compression.generation import scorers
 from kv_compression.io.errors import run_script
+from kv_compression.io.results import write_json
 from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
@@ -163,10 +164,12 @@ def tiny_scorers(tiny_model, monkeypatch):
 
 
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):
-    monkeypatch.chdir(runs)
+    output = runs / "below" / "output"
     for method in ("kv_compression", "local_attention"):
-        assert generate(runs, method, "--num_documents", 6, "--overwrite") == 0
-    local = runs / "output" / "local_attention" / "generation.jsonl"
+        path = output / method / "generation.jsonl"
+        assert generate(runs, method, "--num_documents", 6, "--output_file", path) == 0
+    monkeypatch.chdir(output.parent)
+    local = output / "local_attention" / "generation.jsonl"
     with local.open("a") as file:
         file.write('{"index": 99, "continuations": [""]}\n{"index": 6, "reference": "a cat", "contin')
     capsys.readouterr()
@@ -178,13 +181,13 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     assert "kv_compression − local_attention at 0.5: rouge_l" in out
     assert out.count("p = ") == 3
 
-    scores = json.loads((runs / "output" / "kv_compression" / "scores.json").read_text())
+    scores = json.loads((output / "kv_compression" / "scores.json").read_text())
     assert len(scores["documents"]) == 6
     for metric in ("rouge_l", "bertscore", "perplexity"):
         mean = sum(document[metric] for document in scores["documents"].values()) / 6
         assert scores[metric]["mean"] == pytest.approx(mean)
         assert scores[metric]["low"] <= mean <= scores[metric]["high"]
-    with (runs / "output" / "scores.csv").open() as file:
+    with (output / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"kv_compression", "local_attention"}
     assert float(rows[0]["rouge_l"]) == pytest.approx(scores["rouge_l"]["mean"])
@@ -206,7 +209,7 @@ def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny
     made, load = [], scorers.load_scorers
     monkeypatch.setattr(scorers, "load_scorers", lambda models: made.append(models) or load(models))
     for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
-        (path.parent / "scores.json").write_text(json.dumps(kept | changes))
+        write_json(path.parent / "scores.json", kept | changes)
         assert run(eval_generation, path) == 0
         assert json.loads((path.parent / "scores.json").read_text()) == kept
     assert len(made) == 3

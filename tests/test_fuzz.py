@@ -23,7 +23,7 @@ from kv_compression.data import reading
 from kv_compression.generation import comparing, documents, records, scorers
 from kv_compression.generation import run as generation_run
 from kv_compression.generation.scoring import score_records
-from kv_compression.io import disk_cache, results, tables
+from kv_compression.io import results, tables, tensor_files
 from kv_compression.io.errors import UsageError
 from kv_compression.io.tensor_files import read_tensors, write_tensors
 from kv_compression.methods import rule_of
@@ -427,14 +427,14 @@ def test_saved_caches(tmp_path):
 def test_tensors_kept_for_the_next_run(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = {"a": torch.arange(6).view(2, 3), "b": torch.tensor([1.5])}
-    disk_cache.cached_tensors("kind", {"of": 1}, lambda: made)
+    tensor_files.cached_tensors("kind", {"of": 1}, lambda: made)
     (path,) = (tmp_path / "kv_compression" / "kind").iterdir()
     good = in_order(path.read_bytes())
 
     def use(content: bytes) -> None:
         path.write_bytes(content)
         again = []
-        found = disk_cache.cached_tensors("kind", {"of": 1}, lambda: again.append(1) or made)
+        found = tensor_files.cached_tensors("kind", {"of": 1}, lambda: again.append(1) or made)
         assert found.keys() == made.keys()
         assert all(torch.equal(found[name], made[name]) for name in made)
         if again:

@@ -10,9 +10,9 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
-from kv_compression.model.loading import stored_dtype
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.training import loading
+from kv_compression.training.loading import stored_dtype
 from tests.runs import KV, make_run, write_tied_model
 
 

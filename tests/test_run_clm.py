@@ -41,6 +41,7 @@ def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
         tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
         tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
         tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
+        tiny += ["--method", "kv_compression"]
         return call_script(run_clm.main, ["run_clm.py", *(tiny if defaults else []), *flags], monkeypatch, capsys)
 
     return call
@@ -289,7 +290,7 @@ def test_results_say_what_the_learning_rate_did(call, protocol):
     assert call(*flags, "--output_dir", "out")[0] == 0
     results = results_of("out")
     found = results["training"]
-    last = 2e-5 * ((12 - 3) / (12 - 3) if protocol == "paper" else 1 / 3)  # step 4 is the first behind 3 of warm-up
+    last = 2e-5 * ((12 - 3) / (12 - 3) if protocol == "paper" else 1 / 3)  # step 4 is the first after 3 of warm-up
     assert found["last_learning_rate"] == pytest.approx(last)
     counted = 3 if protocol == "paper" else 1
     assert (found["steps"], found["scheduler_steps"], found["scheduler_warmup_steps"]) == (4, 4 * counted, counted)
@@ -340,7 +341,7 @@ def test_another_tokenizer_reads_the_text(call, tiny_model, tmp_path):
     assert results_of("out")["perplexity"] == results_of("own")["perplexity"]
     tokenizer.add_tokens([f"word{number}" for number in range(100)])
     tokenizer.save_pretrained(tmp_path / "large")
-    status, _, errors = call(*flags, str(tmp_path / "large"), "--output_dir", "large")
+    status, _, errors = call(*flags, str(tmp_path / "large"), "--output_dir", "refused")
     assert (status, len(errors)) == (2, 1)
     assert "tokens, the model has" in errors[0]
     assert call(*flags, "./nowhere")[2][0].endswith("--tokenizer_name ./nowhere: no such folder")

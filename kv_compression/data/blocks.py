@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError
 from kv_compression.io.machine import find_spacy_model, installed_spacy
-from kv_compression.io.tensor_files import digest
+from kv_compression.io.tensor_files import cached_tensors, digest
 from kv_compression.methods.sentinels import insert_sentinels, is_text, next_text_token
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.spans.paper import paper_spans

@@ -47,7 +47,7 @@ def embedded_model() -> str:
     import torch
     import transformers
 
-    from kv_compression.io.disk_cache import cache_folder
+    from kv_compression.io.tensor_files import cache_folder
 
     cache = cache_folder()
     folder = cache / f"{GGUF_PACKAGE}-{GGUF_VERSION}"

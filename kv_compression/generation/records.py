@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from kv_compression.io import ownership, strict_json
@@ -154,14 +155,21 @@ def _end_last_line(path: Path) -> None:
 def append(path: Path, records: Iterable[dict]) -> None:
     """Append records, a line each, and flush them to the disk.
 
-    The file is then listed as ours, unless somebody has changed what it held before.
+    What the file holds then is listed as ours, unless somebody has changed what it held before; a record at a time, so
+    that a kill between any two leaves a file that is listed.
     """
-    lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-    there = read_bytes(path) if path.exists() else b""
+    for line in [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records] or [b""]:
+        _try(path, partial(_append_line, path, line))
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    before = read_bytes(path) if path.exists() else b""
     if not path.exists() or ownership.is_ours(path):
-        _try(path, lambda: ownership.announce(path.parent, {path.name: ownership.sha256(there + lines)}))
-    with _try(path, lambda: path.open("ab")) as file:
-        _try(path, lambda: (file.write(lines), file.flush(), os.fsync(file.fileno())))
+        ownership.announce(path.parent, {path.name: ownership.sha256(before + line)})
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _try(path: Path, action: Callable):

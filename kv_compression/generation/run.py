@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from kv_compression import settings as run_settings
 from kv_compression.api import attach
 from kv_compression.generation import comparing, records, scoring
 from kv_compression.generation import scorers as scorer_models
@@ -27,7 +26,7 @@ from kv_compression.io.tables import csv_table
 from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
-from kv_compression.settings import Settings
+from kv_compression.settings import OPTIONS_OF_METHODS, Settings
 from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import informant
 from kv_compression.training.loading import load_model, load_run
@@ -139,7 +138,7 @@ def settings_for(request: GenerationRequest, trained: Settings) -> Settings:
     longest = request.max_span_length or trained.max_span_length
     changes = {"method": method, "bound_ratio": ratio, "max_span_length": longest, "seed": request.seed}
     if method != trained.method:
-        changes |= {name: getattr(Settings, name) for name in run_settings.OF_KV_COMPRESSION}
+        changes |= {name: getattr(Settings, name) for name in OPTIONS_OF_METHODS}
     return replace(trained, **changes, isolate_documents=False, position_ids_by_document=False)
 
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError, one_line
 from kv_compression.io.machine import find_spacy_model, missing_spacy
-from kv_compression.io.tensor_files import digest
+from kv_compression.io.tensor_files import cached_tensors, digest
 from kv_compression.methods.sentinels import IGNORED
 from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses

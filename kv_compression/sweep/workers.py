@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import filelock
 
@@ -78,6 +78,8 @@ class Workers:
                 time.sleep(POLL)
         finally:
             self.stop()
+            for _, progress in running.values():
+                progress.close()
 
     def stop(self) -> None:
         """End what is running: SIGTERM, upon which a run writes a checkpoint, then SIGKILL after `GRACE` seconds.
@@ -110,21 +112,25 @@ class Workers:
                 with nullcontext() if locks_itself else locked(task.lock):
                     child = self.children[slot] = self._start(command, log, slot)
                     tail = b""
-                    while True:
-                        ended = child.poll() is not None
-                        new = written.read()
-                        tail = (tail + new)[-4000:]
-                        if self.count == 1 and new:
-                            sys.stderr.buffer.write(new)
-                            sys.stderr.flush()
-                        if ended:
-                            break
-                        yield
+                    try:
+                        while child.poll() is None:
+                            yield
+                            tail = (tail + self._show(written))[-4000:]
+                    finally:  # closed after `stop`, this shows a run's last words
+                        tail = (tail + self._show(written))[-4000:]
                     del self.children[slot]
                 if child.returncode and is_locked(task.lock):  # the run was started elsewhere in the meantime
                     raise Busy
                 if child.returncode:
                     raise RunError(f"{_failure(command, child.returncode, tail)} ({task.log})")
+
+    def _show(self, written: BinaryIO) -> bytes:
+        """What a log has gained since the last call, which is also printed if there is one task at a time."""
+        new = written.read()
+        if self.count == 1 and new:
+            sys.stderr.buffer.write(new)
+            sys.stderr.flush()
+        return new
 
     def _start(self, command: list[str], log, slot: int) -> subprocess.Popen:
         """Start a command. In a process group of its own it hears of Ctrl-C once, from `stop`."""

@@ -8,7 +8,9 @@ import huggingface_hub
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.modeling_utils import load_state_dict
 
 from kv_compression.data import embedded
 from kv_compression.data.reading import OFFLINE
@@ -17,7 +19,6 @@ from kv_compression.io.hub import check_hub
 from kv_compression.io.results import results_of_run
 from kv_compression.methods import METHODS
 from kv_compression.model.attention import FLEX, SORTED_FLEX
-from kv_compression.model.loading import cast, merge_adapter, stored_dtype
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
 
@@ -118,3 +119,42 @@ def recorded_settings(results: dict, folder: str) -> Settings:
     except (TypeError, ValueError) as error:
         raise RunError(f"the settings in {folder}/results.json are damaged: {one_line(error)}") from error
     return settings
+
+
+HALVES = {torch.float16, torch.bfloat16}
+
+
+def stored_dtype(folder: Path | None) -> torch.dtype:
+    """fp16 or bf16 if all floating-point weights in `folder` are stored so, else fp32, which holds either exactly."""
+    found: set[torch.dtype] = set()
+    try:
+        files = [] if folder is None else [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+        for path in files:
+            weights = load_state_dict(path, map_location="meta")  # shapes and dtypes alone
+            found |= {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    except Exception:  # readers raise whatever their parsers do, and loading says what is wrong
+        found = set()
+    return found.pop() if len(found) == 1 and found <= HALVES else torch.float32
+
+
+def merge_adapter(model: peft.PeftModel, dtype: torch.dtype) -> nn.Module:
+    """The base model with the adapter merged in, its parameters in `dtype`.
+
+    Each layer is merged in fp32 and rounded once, one after another: never is more than one of them held in fp32.
+    Buffers stay as they are: the angles of rotary embeddings stay exact.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        cast(base, torch.float32, copy=True)  # a weight may be a mapped file, which would keep what is written to it
+        layer.merge()
+        cast(base, dtype)
+    merged = model.unload()
+    cast(merged, dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def cast(module: nn.Module, dtype: torch.dtype, copy: bool = False) -> None:
+    """Put a module's parameters, and no buffers, into `dtype`, in memory of their own with `copy`."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype, copy=copy)
