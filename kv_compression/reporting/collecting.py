@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ NOT_RESULTS += ("untrained.json",)  # of a run that is not finished
 NO_SEED = -1  # of scores without a run beside them
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Runs that differ in method, ratio, protocol, seed and variant only; `settings` are those of the plain ones."""
 
@@ -384,6 +385,7 @@ def of_protocol(rows: pd.DataFrame, protocol: str, first: str | None = None) -> 
     return own.drop_duplicates(keys).sort_values(keys, ignore_index=True)
 
 
+@lru_cache(maxsize=64)
 def points(group: Group, protocol: str, averaging: str | None = None) -> pd.DataFrame:
     """The runs of a protocol, one per method, variant, ratio and seed, with `nll` as `averaging` averages.
 
@@ -391,10 +393,9 @@ def points(group: Group, protocol: str, averaging: str | None = None) -> pd.Data
     """
     averaging = averaging or protocol
     found = of_protocol(group.runs.dropna(subset=f"nats_{averaging}"), protocol, averaging)
-    found["nll"], found["untrained"] = found[f"nats_{averaging}"], found[f"untrained_{averaging}"]
-    found["perplexity"] = perplexity(found.nll)
-    found["foreign"] = found.sentinels & (found.protocol != averaging)
-    return found
+    nll = found[f"nats_{averaging}"]
+    columns = {"nll": nll, "perplexity": perplexity(nll), "untrained": found[f"untrained_{averaging}"]}
+    return found.assign(**columns, foreign=found.sentinels & (found.protocol != averaging))
 
 
 def perplexity(nll):

@@ -117,20 +117,13 @@ def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, t
 
 def average(found: pd.DataFrame) -> pd.DataFrame:
     """Of `points`, a row per method, variant and ratio: means over seeds, and the range of perplexity."""
-    return found.groupby(["method", "variant", "ratio"], as_index=False).agg(
-        number=("number", "first"),
-        fine_tuned=("fine_tuned", "first"),
-        foreign=("foreign", "first"),
-        seeds=("seed", "size"),
-        removed_fraction=("removed_fraction", "mean"),
-        attended_fraction=("attended_fraction", "mean"),
-        kept_keys_mean=("kept_keys_mean", "mean"),
-        kept_keys_max=("kept_keys_max", "max"),
-        perplexity=("perplexity", "mean"),
-        perplexity_spread=("perplexity", "std"),
-        lowest=("perplexity", "min"),
-        highest=("perplexity", "max"),
-    )
+    by_point = found.groupby(["method", "variant", "ratio"])
+    rows = by_point[["number", "fine_tuned", "foreign"]].first().assign(seeds=by_point.size())
+    rows = rows.join(by_point[["removed_fraction", "attended_fraction", "kept_keys_mean"]].mean())
+    perplexities = by_point.perplexity
+    rows = rows.assign(kept_keys_max=by_point.kept_keys_max.max(), perplexity=perplexities.mean())
+    rows = rows.assign(perplexity_spread=perplexities.std(), lowest=perplexities.min(), highest=perplexities.max())
+    return rows.reset_index()
 
 
 def describe(group: Group, protocol: str) -> list[dict]:
