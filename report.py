@@ -6,7 +6,8 @@ Parses flags, calls `kv_compression.report`, prints where the report is.
 import sys
 from pathlib import Path
 
-from kv_compression.io.errors import Parser, UsageError, quiet_libraries, run_script
+from kv_compression.io.errors import UsageError, quiet_libraries, run_script
+from kv_compression.io.flags import Parser
 
 
 def parse(argv: list[str] | None = None):

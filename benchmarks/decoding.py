@@ -23,11 +23,11 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from kv_compression.generation.sampling import prefill
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
+from kv_compression.model.reading import prefill
 from kv_compression.spans.exact import exact_spans
 
 transformers.logging.set_verbosity_error()

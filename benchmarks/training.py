@@ -41,6 +41,7 @@ from torch._inductor.exc import InductorError
 from torch.nn.functional import cross_entropy
 
 from kv_compression.data.blocks import Blocks
+from kv_compression.io.machine import has_bf16
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
@@ -48,10 +49,11 @@ from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model import lora
 from kv_compression.model.attention import compressed_attention
-from kv_compression.settings import Settings, has_bf16
+from kv_compression.settings import Settings
 from kv_compression.spans.exact import exact_spans
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop
+from kv_compression.training.schedule import Schedule, StepData
 
 CL, CR = 50277, 50278
 RATIO, SPAN = 0.5, 25
@@ -165,9 +167,9 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     model = lora.add_lora(model, lora.lora_targets(model, None), settings.r, sentinels)
     accelerator = accelerate.Accelerator(mixed_precision=settings.mixed_precision)
     prepared = training_loop.prepare(model, accelerator, settings)
-    schedule = training_loop.Schedule(settings, len(blocks), 1)
+    schedule = Schedule(settings, len(blocks), 1)
     scheduler = transformers.get_scheduler("constant", prepared.optimizer)
-    data = training_loop.StepData(blocks, schedule, 0, fixed_spans=False)
+    data = StepData(blocks, schedule, 0, fixed_spans=False)
     prepared.token_losses.train()
     rule = KVCompression(CL, CR) if sentinels else FullAttention()
     causal_kernel = settings.method == "full_attention" and settings.attn_implementation == "sdpa"

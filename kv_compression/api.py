@@ -1,61 +1,54 @@
 """The package in other people's code: put a trained or a new rule to work in a model, compress a text.
 
-Knows models, tokenizers, and of a run its results.json alone: nothing here trains, and nothing is needed of what the
-experiments need.
+Needs models, tokenizers and a run's results.json; only `load` needs what the experiments need.
 """
 
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import wraps
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kv_compression.generation.sampling import as_batch, prefill
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import KVCompression
+from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.architectures import check_architecture
+from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
 from kv_compression.model.attention import Patch, patch
 from kv_compression.model.cache import SentinelCache
-from kv_compression.model.parts import causal_lm_of, decoder_of, input_device
+from kv_compression.model.following import GenerateGuard
+from kv_compression.model.reading import as_batch, prefill
 from kv_compression.model.vocabulary import (
     CL_TOKEN,
     CR_TOKEN,
     add_sentinels,
-    make_room,
-    mark_rows,
     plain,
-    refuse_unwritable,
-    start_at_mean,
+    restore_rows,
     unended,
     unset_rows,
 )
-from kv_compression.spans.exact import entries_to_remove, exact_spans, widest_window
-
-OF_A_RULE = ("sink_tokens", "cr_tokens", "cr_visibility", "recent_tokens")
+from kv_compression.spans.exact import exact_spans
 
 
 def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32):
     """A trained run's model and tokenizer, ready to use: `(model, tokenizer)`.
 
-    `run` is a folder that run_clm.py or export_model.py has left, or such a repository on the Hugging Face hub (at
+    `run` is a folder that run_clm.py or export_model.py has written, or such a repository on the Hugging Face hub (at
     `revision`). The model is the one the run was trained on, its adapter merged into the weights (which generates
     faster), in evaluation mode, on the CPU, with the run's rule attached. `dtype` is torch.float32 or torch.bfloat16.
     Raises ValueError for another dtype, UsageError if there is no such folder, RunError if the run is damaged or the
-    model it was trained on cannot be had; HF_HUB_OFFLINE=1 uses what was downloaded before.
+    model it was trained on cannot be loaded. HF_HUB_OFFLINE=1 uses what was downloaded before.
 
     Example::
 
@@ -64,8 +57,9 @@ def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is torch.float32 or torch.bfloat16, not {dtype}")
-    results = results_of(os.fspath(run), revision)
-    folder = os.fspath(run) if Path(run).is_dir() else snapshot(os.fspath(run), revision)
+    run = os.fspath(run)
+    results = results_of(run, revision)
+    folder = run if Path(run).is_dir() else snapshot(run, revision)
     if "export" in results:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
@@ -73,33 +67,34 @@ def load(run, *, revision: str | None = None, dtype: torch.dtype = torch.float32
         except Exception as error:  # loaders raise whatever their parsers do
             raise RunError(f"the model in {folder} cannot be loaded: {one_line(error)}") from error
     else:
-        from kv_compression.settings import EMBEDDED  # what experiments need, the rest of the library does without
+        from kv_compression.settings import EMBEDDED  # only experiments need these two
+        from kv_compression.training.loading import load_run
 
         base = results["model"]
         if base != EMBEDDED and not os.path.isdir(base):  # or downloads try again for a minute
             check_hub(base, "model", "an export of the run (export_model.py), which needs no other")
-        from kv_compression.training.run import load_run
-
         tokenizer, model, _ = load_run(folder, "bf16" if dtype == torch.bfloat16 else "no")
     attach(model, folder)
     return model, tokenizer
 
 
-def attach(model: nn.Module, source, *, revision: str | None = None, **options) -> Patch:
-    """Make a model attend by a rule, and give it rows for the rule's sentinels.
+def attach(model: nn.Module, source=None, *, rule: Rule | None = None, revision: str | None = None, **options) -> Patch:
+    """Make a model attend by a rule until the returned patch is removed; add rows for the sentinels it needs.
 
-    `model` is a transformers causal language model or a peft model around one. `source` says which rule:
+    `model` is a transformers causal language model or a peft model around one. `source` says where the sentinels are
+    from, and the rule unless `rule` gives another:
 
-    - a folder that run_clm.py or export_model.py has left, or such a repository on the Hugging Face hub (at
-      `revision`): the method and options that were trained, and the run's sentinels;
-    - a tokenizer: KV compression with the `options` `sink_tokens`, `cr_tokens`, `cr_visibility` and `recent_tokens`
-      (`visibility.kv_compression`), for a model that is not trained yet; <CL> and <CR> are added to both. Which rows
-      have been set stands in the model's configuration: neither a second call nor a trained model's rows are reset.
+    - a folder that run_clm.py or export_model.py has written, or such a repository on the Hugging Face hub (at
+      `revision`): the run's method, options and sentinels. Attach before or after `PeftModel.from_pretrained`; if
+      before, the model's embedding need not be resized for the adapter.
+    - a tokenizer: KV compression with the `options` of `methods.kv_compression.KVCompression`, for a model that is not
+      trained yet. <CL> and <CR> are added to both. The model's configuration notes which rows have been set: neither
+      a second call nor a trained model's rows are reset.
+    - nothing: `rule` as it is. Nothing is added to the model.
 
-    Before or behind `PeftModel.from_pretrained`; if before, the model's embedding need not be resized for the adapter.
-    The returned patch has the `rule`; `remove()`, or the end of a with-block, leaves the model's attention as it was.
+    The patch has the `rule`. Its `remove()`, or the end of a with-block, leaves the model's attention as it was.
     Raises ValueError for options that the rule does not have or a model that is patched already, UsageError if there
-    is no such folder, RunError if results.json is damaged or cannot be had.
+    is no such folder, RunError if results.json is damaged or cannot be loaded.
 
     A trained model, from the hub or from a folder::
 
@@ -110,73 +105,80 @@ def attach(model: nn.Module, source, *, revision: str | None = None, **options) 
 
         with kvc.attach(model, tokenizer, sink_tokens=1) as patch:
             logits = model(input_ids).logits  # mask and position ids follow from the sentinels in input_ids
+
+    A ready rule::
+
+        with kvc.attach(model, rule=LocalAttention(ratio=0.5)):
+            logits = model(input_ids).logits
     """
-    if not isinstance(source, str | os.PathLike):
-        if not hasattr(source, "add_tokens"):
-            raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {type(source).__name__}")
-        if revision is not None:
-            raise ValueError("a tokenizer has no revision")
-        unknown = [name for name in options if name not in OF_A_RULE]
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no option of KV compression: choose from {', '.join(OF_A_RULE)}")
-        rule = KVCompression(**options)  # says what is wrong before anything is changed
-        refuse_if_patched(model)
-        refuse_tokenizer_of_a_run(source, causal_lm_of(model))
-        cl_id, cr_id = add_sentinels(source, causal_lm_of(model))
-        return _patched(model, replace(rule, cl_id=cl_id, cr_id=cr_id))
-    if options:
-        raise ValueError(f"{', '.join(options)}: the options are the run's, which {source} tells")
-    results = results_of(os.fspath(source), revision)
-    rule = rule_of(results, source)
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(f"rule is a rule of kv_compression.methods, not a {type(rule).__name__}")
+    if options and (rule is not None or isinstance(source, str | os.PathLike)):
+        raise ValueError(f"{', '.join(options)}: the options are the {'run' if rule is None else 'rule'}'s")
+    if isinstance(source, str | os.PathLike):
+        rule = _prepare_for_run(model, os.fspath(source), revision, rule)
+    elif revision is not None:
+        raise ValueError("only a run has a revision")
+    elif source is None and rule is not None:
+        if rule.uses_sentinels and min(rule.cl_id, rule.cr_id) < 0:
+            raise ValueError("the rule has no ids for <CL> and <CR>: attach(model, tokenizer, rule=…) gives it some")
+    elif hasattr(source, "add_tokens"):
+        rule = _prepare_for_tokenizer(model, source, _new_rule(options) if rule is None else rule)
+    else:
+        kind = type(source).__name__
+        raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {kind} (a rule goes in rule=…)")
+    attached = patch(model, rule=rule)
+    attached._hooks.append(GenerateGuard(causal_lm_of(model)))
+    return attached
+
+
+def options_of(method: type[Rule]) -> list[str]:
+    """The options that a method's rule has beyond those of every rule."""
+    common = {field.name for field in fields(Rule)}
+    return [field.name for field in fields(method) if field.name not in common]
+
+
+def _new_rule(options: dict) -> KVCompression:
+    """KV compression with these options; ValueError if there are no such options."""
+    known = options_of(KVCompression)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{unknown[0]} is no option of KV compression: choose from {', '.join(known)}")
+    return KVCompression(**options)
+
+
+def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> Rule:
+    """Give a model the rows of a run's sentinels; returns the run's rule, or `rule` with the run's sentinels."""
+    results = results_of(run, revision)
+    trained = rule_of(results, run)
+    rule = trained if rule is None else rule
     refuse_if_patched(model)
-    if rule.uses_sentinels:
-        restore_rows(causal_lm_of(model), rule, merged="export" in results)
-    return _patched(model, rule)
+    if trained.uses_sentinels:
+        restore_rows(causal_lm_of(model), trained.cl_id, trained.cr_id, merged="export" in results)
+        rule = replace(rule, cl_id=trained.cl_id, cr_id=trained.cr_id)
+    elif rule.uses_sentinels:
+        raise ValueError(f"{run} was trained with {trained.name}: it has no sentinels to compress with")
+    return rule
 
 
-def _patched(model: nn.Module, rule: Rule) -> Patch:
-    patched = patch(model, rule=rule)
-    patched._hooks.append(CarefulGenerate(causal_lm_of(model)))
-    return patched
-
-
-class CarefulGenerate:
-    """A model's `generate` that refuses tokens which a filled `SentinelCache` would misread, until `remove()`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        model.generate = MethodType(_careful_generate, model)  # bound, so that a copy of the model has its own
-
-    def remove(self) -> None:
-        """Give the model its own `generate` back. Doing so twice is harmless."""
-        self.model.__dict__.pop("generate", None)
-
-
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-
-
-@wraps(GenerationMixin.generate)
-def _careful_generate(self, inputs=None, generation_config=None, *args, **kwargs):
-    cache = kwargs.get("past_key_values")
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(cache, SentinelCache) and ids is not None:
-        config = generation_config or self.generation_config
-        if kwargs.get("use_cache", getattr(config, "use_cache", None)) is False:
-            raise ValueError("use_cache=False reads all tokens again at every step, on top of what the cache holds")
-        assisted = any(kwargs.get(name) or getattr(config, name, None) for name in ASSISTED)
-        cache.refuse_misreading(ids, kwargs.get("attention_mask"), slices=not assisted)
-    return type(self).generate(self, inputs, generation_config, *args, **kwargs)
+def _prepare_for_tokenizer(model: nn.Module, tokenizer, rule: Rule) -> Rule:
+    """Add <CL> and <CR> to a tokenizer and a model; returns the rule with their ids."""
+    refuse_if_patched(model)
+    if not rule.uses_sentinels:
+        return rule
+    refuse_tokenizer_of_a_run(tokenizer, causal_lm_of(model))
+    cl_id, cr_id = add_sentinels(tokenizer, causal_lm_of(model))
+    return replace(rule, cl_id=cl_id, cr_id=cr_id)
 
 
 def refuse_if_patched(model: nn.Module) -> None:
-    """ValueError if it is, or cannot be, before a model changes."""
+    """ValueError, before a model is changed, if it is patched already or cannot be."""
     if hasattr(decoder_of(model), "_sentinel_patch"):
         raise ValueError("the model is patched already: remove that patch first")
     check_architecture(causal_lm_of(model), decoder_of(model))
 
 
 def refuse_tokenizer_of_a_run(tokenizer, model: nn.Module) -> None:
-    """ValueError if a run's tokenizer meets rows of which nobody can say whether they are the run's, which stay."""
+    """ValueError if the tokenizer is a run's, and the model's rows may be the run's but are not marked as set."""
     folder = str(getattr(tokenizer, "name_or_path", ""))
     if not folder or not (Path(folder) / RESULTS).is_file():
         return
@@ -190,8 +192,10 @@ def refuse_tokenizer_of_a_run(tokenizer, model: nn.Module) -> None:
 
 
 def results_of(source: str, revision: str | None = None) -> dict:
-    """results.json of a run's folder, or of a repository on the hub. UsageError if there is none, RunError if it is
-    damaged or the hub does not give it."""
+    """results.json of a run's folder, or of a repository on the hub.
+
+    UsageError if there is none, RunError if it is damaged or cannot be downloaded.
+    """
     folder = Path(source)
     if not folder.is_dir():
         try:
@@ -210,36 +214,13 @@ def rule_of(results: dict, source="the run") -> Rule:
     try:
         method = METHODS[results["method"]]
         settings = {**results["settings"]}
-        known = {field.name for field in fields(method)} & set(OF_A_RULE)
-        options = {name: settings[name] for name in known if name in settings}
+        options = {name: settings[name] for name in options_of(method) if name in settings}
         ids = {name: int(results["sentinels"][name]) for name in ("cl_id", "cr_id")} if method.uses_sentinels else {}
         if any(number < 0 for number in ids.values()):
             raise ValueError("sentinels are numbers from 0 on")
         return method(**ids, ratio=results["bound_ratio"], seed=results["seed"], **options)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{RESULTS} of {source} is damaged: {one_line(error)}") from error
-
-
-def restore_rows(model: nn.Module, rule: Rule, merged: bool) -> None:
-    """Give a model's embeddings the rows for <CL> and <CR> that it had in its run.
-
-    The adapter holds what they have learnt, where input and output embedding are tied for both; an output embedding
-    of its own keeps what they began with, which no adapter holds. `merged` weights hold everything. What was set
-    before is left alone.
-    """
-    ids = (rule.cl_id, rule.cr_id)
-    unset = unset_rows(model, *ids)
-    if not unset:
-        return
-    refuse_unwritable(model)
-    grown = make_room(model, *ids)
-    embedding, head = (plain(part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if grown:
-        start_at_mean(embedding, unset, ids)
-    own_head = head is not None and head.weight is not embedding.weight
-    if own_head and not merged:
-        start_at_mean(head, unset, ids)
-    mark_rows(model, *ids)
 
 
 @torch.no_grad()
@@ -255,11 +236,11 @@ def compress(
 ) -> SentinelCache:
     """Read a text, or several, into a cache that holds the share 1 − `ratio` of the keys; `attach` the model first.
 
-    Under KV compression `ratio` is free (the one trained with is the default): spans of at most `max_span_length`
-    tokens at places that `seed` fixes become one key each, or as many as the rule has <CR>, so that exactly
-    round(ratio · tokens) keys have left when the text has been read. Where a window (`recent_tokens`) is too wide for
+    Under KV compression `ratio` is free (by default the one trained with): spans of at most `max_span_length` tokens,
+    at places that `seed` fixes, become one key each, or as many as the rule has <CR>, so that exactly
+    round(ratio · tokens) keys have left when the text has been read. If a window (`recent_tokens`) is too wide for
     that, the last of them leave as tokens follow: a UserWarning says how many keys are held until then. Any other
-    method drops by its own ratio. The text is read `chunk` tokens at a time, and peak memory follows what is kept.
+    method drops by its own ratio. The text is read `chunk` tokens at a time, and peak memory depends on what is kept.
     Returns a cache with a row for every text, each compressed as it would be alone; `followed_by` continues it.
     ValueError if there is no text or spans cannot remove that share. (Protocol `matched`, this project.)
 
@@ -304,7 +285,7 @@ def warn_of_late_keys(cache: SentinelCache, ratio: float) -> None:
 
 
 def mark(tokens: list[int], rule: Rule, ratio: float | None, max_span_length: int, seed: int) -> list[int]:
-    """Token ids with the sentinels between which a rule compresses them. ValueError if they cannot be compressed so."""
+    """Token ids with sentinels around the spans that a rule compresses. ValueError if that share cannot be removed."""
     if not tokens:
         raise ValueError("there is no text to compress")
     if not rule.uses_sentinels:
@@ -319,7 +300,7 @@ def mark(tokens: list[int], rule: Rule, ratio: float | None, max_span_length: in
     first = min(rule.sink_tokens, len(tokens))
     shape = (len(tokens), ratio, max_span_length, rule.cr_tokens, first)
     entries_to_remove(*shape)  # says what is wrong
-    # A window that fits a training block may leave a shorter text no room for spans.
+    # A window that fits a training block may leave no room for spans in a shorter text.
     last = len(tokens) - min(rule.recent_tokens, widest_window(*shape))
     rng = np.random.default_rng(seed)
     spans = exact_spans(len(tokens), ratio, max_span_length, rng, cr_tokens=rule.cr_tokens, first=first, last=last)

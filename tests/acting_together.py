@@ -33,12 +33,12 @@ def failure(function, *arguments, **options) -> str:
 told = {
     "processes": state.num_processes,
     "device": state.device.type,
-    "divided": processes.divided(lambda items: [[item, number] for item in items], list(range(5))),
-    "divided, fewer than processes": processes.divided(lambda items: [[item, number] for item in items], [7]),
+    "split_work": processes.split_work(lambda items: [[item, number] for item in items], list(range(5))),
+    "split_work, fewer than processes": processes.split_work(lambda items: [[item, number] for item in items], [7]),
     "on the main process": processes.on_main(lambda: number),
-    "first": processes.one_first(first_to_come),
+    "first": processes.main_first(first_to_come),
     "the main process fails": failure(processes.on_main, fail, UsageError),
-    "the other fails": failure(processes.together, fail, RunError, here=number == 1),
+    "the other fails": failure(processes.run_everywhere, fail, RunError, here=number == 1),
 }
 (folder / f"{number}.json").write_text(json.dumps(told))
-processes.together(fail, ZeroDivisionError, here=number == 1)  # nobody waits for who has died of a bug
+processes.run_everywhere(fail, ZeroDivisionError, here=number == 1)  # nobody waits for who has died of a bug

@@ -15,7 +15,8 @@ from pathlib import Path
 import run_clm
 from kv_compression.io import ownership
 from kv_compression.io.errors import run_script
-from kv_compression.training import run as training_run
+from kv_compression.training import run as training_run  # noqa: F401 - imported here so that the processes need not
+from kv_compression.training import run_folder
 
 KILLED = 77
 
@@ -69,7 +70,7 @@ def main(folder: Path, every: int, flags: list[str]) -> dict:
         names = {name: (output / name).exists() for name in ("README.md", "adapter_model.safetensors")}
         found["left_behind"] += [name for name in os.listdir(output) if name == "checkpoints" or ".partial" in name]
         found["troubles"] += [[writes, name] for name, there in names.items() if not there]
-        found["troubles"] += [[writes, name] for name in ownership.others(output, but={training_run.LOCK})]
+        found["troubles"] += [[writes, name] for name in ownership.others(output, but={run_folder.LOCK})]
         if status != KILLED:
             return found
 

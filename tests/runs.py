@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 from kv_compression import settings as run_settings
 from kv_compression.io.errors import run_script
+from kv_compression.sharing.model_card import write_card
 from kv_compression.training import run as training_run
 from tests.conftest import sentences, write_tiny_model
 
@@ -55,5 +56,6 @@ def make_run(folder: Path, model: str, **flags) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     tiny = {"preset": "embedded", "mixed_precision": "no", "block_size": 32, "max_train_steps": 4, "max_eval_blocks": 4}
     tiny |= {"model_name_or_path": model, "learning_rate": 0.01, "skip_untrained": True}
-    training_run.run(run_settings.resolve(tiny | write_texts(folder.parent) | flags | {"output_dir": str(folder)}))
+    settings = run_settings.resolve(tiny | write_texts(folder.parent) | flags | {"output_dir": str(folder)})
+    training_run.run(settings, write_card=write_card)
     return str(folder)

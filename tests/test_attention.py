@@ -242,7 +242,7 @@ def test_a_layer_window_counts_text_and_is_within_the_rule():
 
 
 REFUSED = {
-    "bloom": ({"n_layer": 2, "n_head": 4, "hidden_size": 32}, "position_ids"),
+    "bloom": ({"n_layer": 2, "n_head": 4, "hidden_size": 32}, "ALiBi"),
     "falcon": ({"alibi": True, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, "ALiBi"),
     "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "hidden_size": 32}, "local layers"),
     "mamba": ({"num_hidden_layers": 2, "hidden_size": 32}, "mamba cannot be patched"),

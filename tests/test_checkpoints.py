@@ -17,7 +17,7 @@ import torch
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.io.tensor_files import write_tensors
 from kv_compression.training.checkpoints import Checkpoints
-from kv_compression.training.run import only_run_in
+from kv_compression.training.run_folder import only_run_in
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(command, unbroken, tmp_path):
     process.communicate()
     refused = subprocess.run([*command, "--output_dir", folder], capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "--resume_from_checkpoint goes on" in refused.stderr
+    assert "--resume_from_checkpoint resumes it" in refused.stderr
     newest = max((folder / "checkpoints").glob("step_*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-9])
     done = subprocess.run(
@@ -192,7 +192,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(command, unbroken, tm
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "interrupted after step" in errors
-    assert "--resume_from_checkpoint goes on" in errors
+    assert "--resume_from_checkpoint resumes the run" in errors
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     subprocess.run([*command, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", folder], check=True)
     assert without_seconds(results_of(tmp_path / "other")) == unbroken

@@ -17,10 +17,11 @@ import torch
 import eval_generation
 import generate_c4
 import run_clm
-from kv_compression import settings as run_settings
 from kv_compression.data import embedded
-from kv_compression.generation import sampling
+from kv_compression.generation import run as generation_run
+from kv_compression.generation import scorers
 from kv_compression.io.errors import run_script
+from kv_compression.io.results import write_json
 from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def test_a_killed_run_continues_and_gives_what_an_unbroken_one_gives(runs, capsy
     def never(*arguments):
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr(sampling, "continue_documents", never)
+    monkeypatch.setattr(generation_run, "continue_documents", never)
     assert generate(runs) == 0
     assert lines_of(path) == whole
 
@@ -163,10 +164,12 @@ def tiny_scorers(tiny_model, monkeypatch):
 
 
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):
-    monkeypatch.chdir(runs)
+    output = runs / "below" / "output"
     for method in ("kv_compression", "local_attention"):
-        assert generate(runs, method, "--num_documents", 6, "--overwrite") == 0
-    local = runs / "output" / "local_attention" / "generation.jsonl"
+        path = output / method / "generation.jsonl"
+        assert generate(runs, method, "--num_documents", 6, "--output_file", path) == 0
+    monkeypatch.chdir(output.parent)
+    local = output / "local_attention" / "generation.jsonl"
     with local.open("a") as file:
         file.write('{"index": 99, "continuations": [""]}\n{"index": 6, "reference": "a cat", "contin')
     capsys.readouterr()
@@ -178,24 +181,13 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     assert "kv_compression − local_attention at 0.5: rouge_l" in out
     assert out.count("p = ") == 3
 
-    scores = json.loads((runs / "output" / "kv_compression" / "scores.json").read_text())
+    scores = json.loads((output / "kv_compression" / "scores.json").read_text())
     assert len(scores["documents"]) == 6
-    named = eval_generation.comparisons(
-        {Path(f"{name}/scores.json"): scores | {"method": name[:-1]} for name in ("kv1", "kv2", "local1")}
-    )
-    both = ["kv (kv1/scores.json) − local at 0.5", "kv (kv2/scores.json) − local at 0.5"]
-    assert [line.split(":")[0] for line in named] == both
-    five = {index: document for index, document in scores["documents"].items() if index != "0"}
-    few = {Path(f"{name}.jsonl"): scores | {"method": name, "documents": five} for name in ("kv", "local", "sink")}
-    line = "differences are not tested: of 5 documents no p-value can fall below 0.0625"
-    assert eval_generation.comparisons(few) == [line]
-    several = {Path(f"{name}/generation.jsonl"): scores for name in ("one", "two")}
-    assert list(eval_generation.names_of(several).values()) == ["kv_compression (one)", "kv_compression (two)"]
     for metric in ("rouge_l", "bertscore", "perplexity"):
         mean = sum(document[metric] for document in scores["documents"].values()) / 6
         assert scores[metric]["mean"] == pytest.approx(mean)
         assert scores[metric]["low"] <= mean <= scores[metric]["high"]
-    with (runs / "output" / "scores.csv").open() as file:
+    with (output / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"kv_compression", "local_attention"}
     assert float(rows[0]["rouge_l"]) == pytest.approx(scores["rouge_l"]["mean"])
@@ -203,7 +195,7 @@ def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, mo
     def never(models):
         raise AssertionError("all files are scored")
 
-    monkeypatch.setattr(run_settings, "load_scorers", never)
+    monkeypatch.setattr(scorers, "load_scorers", never)
     assert run(eval_generation) == 0
     assert capsys.readouterr().out == out
 
@@ -213,11 +205,11 @@ def test_scores_of_another_convention_or_layer_are_made_again(runs, capsys, tiny
     path = runs / "output" / "kv_compression" / "generation.jsonl"
     assert run(eval_generation, path) == 0
     kept = json.loads((path.parent / "scores.json").read_text())
-    assert kept["convention"] == run_settings.CONVENTION and kept["bertscore_layer"] == 6
-    made, load = [], run_settings.load_scorers
-    monkeypatch.setattr(run_settings, "load_scorers", lambda models: made.append(models) or load(models))
+    assert kept["convention"] == scorers.CONVENTION and kept["bertscore_layer"] == 6
+    made, load = [], scorers.load_scorers
+    monkeypatch.setattr(scorers, "load_scorers", lambda models: made.append(models) or load(models))
     for changes in ({"convention": None}, {"convention": "as they come"}, {"bertscore_layer": None}):
-        (path.parent / "scores.json").write_text(json.dumps(kept | changes))
+        write_json(path.parent / "scores.json", kept | changes)
         assert run(eval_generation, path) == 0
         assert json.loads((path.parent / "scores.json").read_text()) == kept
     assert len(made) == 3
@@ -247,7 +239,7 @@ def test_too_few_documents_are_said(runs, capsys):
 
 
 def test_files_without_continuations_are_refused_and_leave_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_settings, "load_scorers", None)
+    monkeypatch.setattr(scorers, "load_scorers", None)
     for name, text in [
         ("README.md", "# Title\n"),
         ("empty.jsonl", ""),
@@ -375,7 +367,7 @@ def test_two_processes_score_as_one_does(shared):
     one, two = flat(one), flat(two)
     numbers = {name for name, value in one.items() if isinstance(value, float)}
     assert {name: two[name] for name in two if name not in numbers} == {n: one[n] for n in one if n not in numbers}
-    # Texts of like length share a batch, and so other texts when there are fewer: float32 rounds otherwise.
+    # Texts of similar length share a batch, and so other texts when there are fewer: float32 rounds differently.
     for name in numbers:
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
 
@@ -389,7 +381,7 @@ def test_one_process_continues_what_two_have_left(shared):
         assert launcher.poll() is None
         others = psutil.Process(launcher.pid).children(recursive=True)
         time.sleep(0.01)
-    launcher.kill()  # it cannot tell them any more
+    launcher.kill()  # it cannot end them itself any more
     launcher.wait()
     assert psutil.wait_procs(others, timeout=60)[1] == []
     assert len(lines_of(path)) < 15

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from kv_compression import settings as run_settings
 from kv_compression.data import blocks as data_blocks
 from kv_compression.data import reading
+from kv_compression.io import machine
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.model.vocabulary import add_sentinels
-from kv_compression.spans import exact
 from kv_compression.spans import plan as span_plan
-from kv_compression.spans import self_information as information
 from tests import slow_rules
 from tests.conftest import sentences
 
@@ -63,7 +62,7 @@ def test_text_files_are_read_line_by_line(tmp_path):
         ("archive.jsonl", gzip.compress(b'{"text": "x"}\n'), RunError, "cannot be read"),
         ("surrogates.json", '[{"text": "\\ud800"}]', RunError, "surrogates not allowed"),
         ("deep.json", "[" * 100_000, RunError, "recursion"),
-        ("list.json", '["a"]', RunError, "row 1 is no object, but str"),
+        ("list.json", '["a"]', RunError, "row 1 is not an object, but str"),
         ("wide.csv", 'text,id\na,1\n"b\nb",c,2\n', RunError, "line 4 has more fields"),
         ("open.csv", 'text\n"a\n', RunError, "unexpected end of data"),
         ("head.csv", "text\n", UsageError, "holds no text"),
@@ -223,7 +222,7 @@ def test_units_are_found_once_with_each_spacy_and_model(tokenizer, monkeypatch):
         asked.append(spacy_model)
         return [[True] * len(own) for own in offsets]
 
-    monkeypatch.setattr(information, "installed_spacy", lambda: versions)
+    monkeypatch.setattr(machine, "installed_spacy", lambda: versions)
     monkeypatch.setattr(data_blocks, "installed_spacy", lambda: versions)
     monkeypatch.setattr(data_blocks, "unit_starts", every_token)
 
@@ -262,7 +261,8 @@ def test_a_document_is_a_row_or_an_article_as_asked(tokenizer):
     filled = [number for number, text in enumerate(WIKITEXT) if text]
     assert numbers("auto") == numbers("articles") == [1, 2] and numbers("rows") == filled
     identities = [
-        run_settings.Settings(isolate_documents=True, documents=name).identity() for name in run_settings.DOCUMENTS
+        run_settings.Settings(isolate_documents=True, documents=name).identity()
+        for name in run_settings.ABOUT["documents"].choices
     ]
     assert [identity["documents"] for identity in identities] == ["auto", "rows", "articles"]
 
@@ -298,7 +298,7 @@ def test_spans_within_documents(lengths, ratio, sinks, recent):
     assert all(one[1] < other[0] for one, other in zip(exact, exact[1:]))
 
 
-@pytest.mark.parametrize("sampler", exact.SPAN_SAMPLERS)
+@pytest.mark.parametrize("sampler", run_settings.SPAN_SAMPLERS)
 def test_every_sampler_keeps_sinks_and_recent_tokens_out_of_spans(sampler):
     tokens = torch.arange(3, 67).repeat(2, 1)
     wanted = span_plan.SpanPlan(True, 0.5, 10, 0, sampler, sink_tokens=3, recent_tokens=6, cr_tokens=2)

@@ -6,9 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from kv_compression.io import disk_cache
-from kv_compression.io.disk_cache import cached_tensors
-from kv_compression.io.tensor_files import digest
+from kv_compression.io import tensor_files
+from kv_compression.io.tensor_files import cached_tensors, digest
 
 KEY = {"model": "tiny", "tokens": "abc"}
 
@@ -133,7 +132,7 @@ def test_a_write_that_breaks_leaves_the_good_file_alone(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_cache, "read_tensors", lambda *_: None)
+    monkeypatch.setattr(tensor_files, "read_tensors", lambda *_: None)
     monkeypatch.setattr(os, "replace", refuse)
     assert same(cached_tensors("scores", KEY, Counted(n=torch.zeros(2))), {"n": torch.zeros(2)})
     assert only_file(tmp_path).read_bytes() == good  # nor is half a file left beside it

@@ -15,7 +15,7 @@ from kv_compression.io.errors import RunError, UsageError, run_script
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import compressed_attention
 from kv_compression.sharing import export
-from kv_compression.training import run as training_run
+from kv_compression.training import loading
 from tests.runs import KV, make_run, write_tied_model
 
 
@@ -42,7 +42,7 @@ def test_plain_transformers_and_one_line_give_the_logits_of_the_run(run, tmp_pat
     implementation = "grouped" if precision == "bf16" else None  # in bf16 others round to other values
     model = transformers.AutoModelForCausalLM.from_pretrained(output, attn_implementation=implementation)
     assert str(model.dtype) == f"torch.{kept}"
-    _, expected, _ = training_run.load_run(run, "bf16" if precision == "bf16" else "no")
+    _, expected, _ = loading.load_run(run, "bf16" if precision == "bf16" else "no")
     with kvc.attach(model, output) as patch, compressed_attention(expected, rule=patch.rule), torch.no_grad():
         ids = tokenizer(" the cat sees the old dog near a red house in one garden")["input_ids"]
         if patch.rule.uses_sentinels:
@@ -63,7 +63,7 @@ def test_an_export_is_made_once_and_replaces_nothing(run, tmp_path, monkeypatch,
     flags = ["--model_dir", run, "--output_dir", str(output)]
     assert call(*flags)[:2] == (0, f"{run} is exported to {output}\n")
     written = (output / "model.safetensors").stat().st_mtime_ns
-    assert call(*flags)[:2] == (0, f"{output} is there already\n")
+    assert call(*flags)[:2] == (0, f"{output} holds this export already\n")
     status, _, errors = call(*flags, "--mixed_precision", "bf16")
     assert (status, len(errors)) == (2, 1)
     assert "holds something else already" in errors[0]
@@ -88,7 +88,7 @@ def test_bad_folders_take_one_line(run, tmp_path):
     ]:
         with pytest.raises(error, match=words):
             export.export(run, tmp_path / output)
-    with pytest.raises(UsageError, match="in the run's own folder"):
+    with pytest.raises(UsageError, match="inside the folder of the run"):
         export.export(run, Path(run) / "whole")
     with pytest.raises(UsageError, match="not the output folder of a finished run"):
         export.export(str(tmp_path / "mine"), tmp_path / "out")

@@ -10,7 +10,6 @@ import transformers
 import kv_compression as kvc
 from kv_compression import api
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
 from tests.conftest import sentences
 from tests.models import random_model
@@ -185,7 +184,7 @@ def test_an_assistant_helps_where_generated_text_stays(tokenizer, attached):
         expected.tolist()
     )
     model.get_decoder()._sentinel_patch.remove()
-    with compressed_attention(model, rule=SinkAttention(ratio=0.5)):
+    with kvc.attach(model, rule=SinkAttention(ratio=0.5)):
         cache = kvc.compress(model, tokenizer, TEXTS[0])
         with pytest.raises(ValueError, match="assisted generation needs a rule under which generated text stays"):
             model.generate(**cache.followed_by(question), assistant_model=assistant, **SETTINGS)

@@ -16,15 +16,16 @@ import pytest
 import torch
 import transformers
 
-import eval_generation
 from kv_compression import settings as run_settings
 from kv_compression.data import blocks as data_blocks
 from kv_compression.data import reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import comparing, documents, records, scorers
+from kv_compression.generation import run as generation_run
 from kv_compression.generation.scoring import score_records
-from kv_compression.io import disk_cache, results
+from kv_compression.io import results, tables, tensor_files
 from kv_compression.io.errors import UsageError
 from kv_compression.io.tensor_files import read_tensors, write_tensors
+from kv_compression.methods import rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
@@ -32,11 +33,10 @@ from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model.attention import compressed_attention
 from kv_compression.model.cache import SentinelCache
-from kv_compression.reporting import collecting, plotting, writing
-from kv_compression.training import run as training_run
-from kv_compression.training.checkpoints import Checkpoints
+from kv_compression.reporting import collecting, drawing, writing
+from kv_compression.training import loading, run_folder
+from kv_compression.training.checkpoints import Checkpoints, capture, restore
 from kv_compression.training.evaluation import Evaluation
-from kv_compression.training.loop import capture, restore
 from tests import fuzzing, test_report
 from tests.fuzzing import altered, damaged, damaged_json, fuzz
 from tests.models import random_model
@@ -48,7 +48,7 @@ CL, CR = 62, 63
 def quick(monkeypatch):
     """What takes its time and is not what is tried here."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr("kv_compression.generation.scoring.RESAMPLES", 20)
+    monkeypatch.setattr("kv_compression.generation.comparing.RESAMPLES", 20)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_text_files(suffix, tmp_path, tokenizer, monkeypatch):
             {"text": texts}, list(range(len(texts))), tokenizer, "train", None, "token"
         )
         assert len(encoded["input_ids"]) == len(texts)
-        sampling.documents_digest(sampling.pick(texts, 2, 2, 2))
+        documents.documents_digest(documents.pick_documents(texts, 2, 2, 2))
 
     fuzz(f"text files, {suffix}", lambda draw: text_file(draw, suffix), use)
 
@@ -124,7 +124,7 @@ ABOUT = {
     "top_p": 0.9,
     "continuations": 2,
 }
-MADE_FROM = {"file_sha256": "0"} | run_settings.ScorerModels("encoder", 6, "model").record()
+MADE_FROM = {"file_sha256": "0"} | scorers.ScorerModels("encoder", 6, "model").record()
 
 
 def bert(references, texts):
@@ -138,12 +138,12 @@ def fluency(texts):
 def use_generation(path: Path) -> None:
     """What eval_generation.py and generate_c4.py do with a generation file, but for the models."""
     about = records.read_about(path) or {}
-    models = run_settings.scorers(about.get("preset", "embedded"), None, None)
+    models = scorers.scorers(about.get("preset", "embedded"), None, None)
     assert models.bertscore
     records.continue_file(path, about, overwrite=False)
-    found = eval_generation.score(path, about, MADE_FROM, (bert, fluency))
-    results.write_json(eval_generation.scores_path(path), found)
-    assert eval_generation.read_scores(eval_generation.scores_path(path)) is not None
+    found = generation_run.score_file(path, about, MADE_FROM, (bert, fluency))
+    results.write_json(records.scores_path(path), found)
+    assert generation_run.read_scores(records.scores_path(path)) is not None
     use_scores(found)
 
 
@@ -151,12 +151,10 @@ def use_scores(found: dict) -> None:
     """What eval_generation.py shows of scores: tables that nothing breaks."""
     other = GOOD_SCORES | {"method": "local_attention", "documents_sha256": found.get("documents_sha256")}
     scored = {Path("a.jsonl"): found, Path("b.jsonl"): other}
-    table = [eval_generation.row(path, scores) for path, scores in scored.items()]
-    assert len(eval_generation.render(table, eval_generation.names_of(scored)).splitlines()) == 3
-    assert all(line.isprintable() for line in eval_generation.comparisons(scored))
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, list(table[0])).writerows(table)
-    assert len(buffer.getvalue().splitlines()) == 2
+    table = [comparing.row(path, scores) for path, scores in scored.items()]
+    assert len(comparing.as_text(table, comparing.names_of(scored)).splitlines()) == 3
+    assert all(line.isprintable() for line in comparing.comparisons(scored))
+    assert len(tables.csv_table(table).splitlines()) == 3
 
 
 RECORDS = [RECORD | {"index": index} for index in range(3)]
@@ -165,7 +163,7 @@ GOOD_SCORES = (
     ABOUT
     | MADE_FROM
     | {"num_documents": 3, "cache_fraction": 0.5}
-    | dict.fromkeys(eval_generation.METRICS, {"mean": 1.0, "low": 0.5, "high": 1.5})
+    | dict.fromkeys(comparing.METRICS, {"mean": 1.0, "low": 0.5, "high": 1.5})
     | SCORED
     | {"documents": {str(index): found for index, found in SCORED["documents"].items()}}
 )
@@ -237,11 +235,11 @@ def write_report(folder: Path, out: Path) -> None:
 def undrawn(monkeypatch):
     """Plots as far as they are computed: drawing takes a second."""
 
-    def draw(path, panels, note="", share_y=False):
-        assert all(label.isprintable() for panel in panels for label in [curve.label for curve in panel.curves])
-        list(map(plotting._drawable, panels))
+    def draw(path, picture):
+        assert all(label.isprintable() for panel in picture.panels for label in [curve.label for curve in panel.curves])
+        list(map(drawing.drawable, picture.panels))
 
-    monkeypatch.setattr(plotting, "draw", draw)
+    monkeypatch.setattr(drawing, "draw", draw)
 
 
 def test_results(tmp_path, undrawn):
@@ -255,10 +253,10 @@ def test_results(tmp_path, undrawn):
         found = results.read_results(folder)
         assert results.summary(found).isprintable()
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
-        training_run._differences(found["settings"], SETTINGS.identity())
-        settings = training_run.recorded_settings(found, "x")
-        settings.rule(CL, CR)
-        assert settings.method in training_run.METHODS
+        run_folder.differences(found["settings"], SETTINGS.identity())
+        settings = loading.recorded_settings(found, "x")
+        rule_of(settings, CL, CR)
+        assert settings.method in loading.METHODS
 
     fuzz("results.json", lambda draw: damaged_json(draw, RESULTS), use)
 
@@ -270,7 +268,7 @@ def test_scores(tmp_path, undrawn):
     def use(content: bytes) -> None:
         path.write_bytes(content)
         write_report(tmp_path / "in", tmp_path / "out")
-        found = eval_generation.read_scores(path)
+        found = generation_run.read_scores(path)
         if found is None:  # scored again
             raise UsageError("no scores")
         use_scores(found)
@@ -281,7 +279,7 @@ def test_scores(tmp_path, undrawn):
 def test_scores_before_fine_tuning(tmp_path):
     def use(content: bytes) -> None:
         (tmp_path / "untrained.json").write_bytes(content)
-        found = training_run.read_untrained(tmp_path)
+        found = run_folder.read_untrained(tmp_path)
         if found is None:  # scored again
             raise UsageError("no scores")
         assert results.summary(RESULTS | found | {"untrained": found}).isprintable()
@@ -417,14 +415,14 @@ def test_saved_caches(tmp_path):
 def test_tensors_kept_for_the_next_run(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = {"a": torch.arange(6).view(2, 3), "b": torch.tensor([1.5])}
-    disk_cache.cached_tensors("kind", {"of": 1}, lambda: made)
+    tensor_files.cached_tensors("kind", {"of": 1}, lambda: made)
     (path,) = (tmp_path / "kv_compression" / "kind").iterdir()
     good = in_order(path.read_bytes())
 
     def use(content: bytes) -> None:
         path.write_bytes(content)
         again = []
-        found = disk_cache.cached_tensors("kind", {"of": 1}, lambda: again.append(1) or made)
+        found = tensor_files.cached_tensors("kind", {"of": 1}, lambda: again.append(1) or made)
         assert found.keys() == made.keys()
         assert all(torch.equal(found[name], made[name]) for name in made)
         if again:

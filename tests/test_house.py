@@ -11,9 +11,10 @@ ROWS = [
     {"model"},
     {"spans"},
     {"data"},
-    {"training", "generation", "recall"},
+    {"training"},
     {"sharing"},
     {"api"},
+    {"generation", "recall"},
     {"reporting", "sweep"},
 ]
 MOST_FILES, MOST_LINES, LONGEST_FUNCTION = 12, 450, 60
@@ -53,7 +54,8 @@ def test_imports_go_one_way():
 def test_a_room_is_small():
     rooms = {}
     for path in modules():
-        rooms.setdefault(path.parent, []).append(path)
+        if path.name != "__init__.py" or path.read_text():
+            rooms.setdefault(path.parent, []).append(path)
     assert all(len(paths) <= MOST_FILES for paths in rooms.values())
     for path in [*modules(), *PACKAGE.parent.glob("*.py")]:
         text = path.read_text()

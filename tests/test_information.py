@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kv_compression import settings as run_settings
+from kv_compression.io import machine
 from kv_compression.io.errors import UsageError
 from kv_compression.model.attention import GROUPED
 from kv_compression.spans import self_information as information
@@ -109,7 +110,7 @@ def spacy(monkeypatch):
         return lambda text: parsed.append(text) or Document(text)
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    monkeypatch.setattr(information, "installed_spacy", lambda: {"spacy": "3.8", "en_core_web_sm": "3.8.0"})
+    monkeypatch.setattr(machine, "installed_spacy", lambda: {"spacy": "3.8", "en_core_web_sm": "3.8.0"})
     information._load_spacy.cache_clear()
     yield parsed
     information._load_spacy.cache_clear()
@@ -221,7 +222,7 @@ MODEL = "en_core_web_sm"
 )
 @pytest.mark.parametrize("unit", ["phrase", "sentence"])
 def test_a_missing_spacy_takes_one_line(monkeypatch, spacy, installed, module, reason, unit):
-    monkeypatch.setattr(information, "installed_spacy", lambda: dict.fromkeys(installed, "3.8.0"))
+    monkeypatch.setattr(machine, "installed_spacy", lambda: dict.fromkeys(installed, "3.8.0"))
     monkeypatch.setitem(sys.modules, "spacy", module)
     with pytest.raises(UsageError) as caught:
         unit_starts(["a"], [[(0, 1)]], unit)
@@ -242,9 +243,9 @@ def test_a_missing_spacy_takes_one_line(monkeypatch, spacy, installed, module, r
     ],
 )
 def test_an_installed_model_is_found_or_named(monkeypatch, installed, named, found):
-    monkeypatch.setattr(information, "installed_spacy", lambda: dict.fromkeys(("spacy", *installed), "3.8.0"))
-    assert information.find_spacy_model("phrase", named) == found
-    assert information.find_spacy_model("token") is None
+    monkeypatch.setattr(machine, "installed_spacy", lambda: dict.fromkeys(("spacy", *installed), "3.8.0"))
+    assert machine.find_spacy_model("phrase", named) == found
+    assert machine.find_spacy_model("token") is None
     asked = {"protocol": "matched", "span_sampler": "self_information", "preset": "embedded", "bound_ratio": 0.5}
     settings = run_settings.resolve(asked | {"span_unit": "phrase", "spacy_model": named})
     assert settings.spacy_model == settings.identity()["spacy_model"] == found
@@ -260,7 +261,7 @@ def real_spacy() -> str:
     """The name of spaCy's own English model."""
     pytest.importorskip("spacy")
     try:
-        return information.find_spacy_model("phrase")
+        return machine.find_spacy_model("phrase")
     except UsageError as error:
         pytest.skip(str(error))
 

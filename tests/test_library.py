@@ -1,5 +1,6 @@
 """The package as other people's code uses it: plain transformers, plain peft, and the four names."""
 
+import copy
 import json
 import os
 import shutil
@@ -16,14 +17,15 @@ import transformers
 import kv_compression as kvc
 from kv_compression import api
 from kv_compression.data import embedded
-from kv_compression.generation.sampling import prefill
 from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import compressed_attention
+from kv_compression.model.reading import prefill
 from kv_compression.sharing.export import export
-from kv_compression.training import run as training_run
+from kv_compression.training import loading
 from tests.conftest import sentences
 from tests.runs import KV, make_run, write_tied_model
 
@@ -84,9 +86,9 @@ def logits_of(model, ids: list[int]) -> torch.Tensor:
 
 def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
-    _, model, settings = training_run.load_run(folder, "no")
-    sentinels = training_run.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
-    with compressed_attention(model, rule=settings.rule(**sentinels)):
+    _, model, settings = loading.load_run(folder, "no")
+    sentinels = loading.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
+    with compressed_attention(model, rule=rule_of(settings, **sentinels)):
         return logits_of(model, ids)
 
 
@@ -220,6 +222,36 @@ def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="attach"):
         kvc.compress(model, tokenizer, TEXT, 0.5)
+
+
+def test_a_ready_rule_is_attached_as_it_is_or_with_sentinels_from_elsewhere(runs, bases, tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain, rule = logits_of(model, [5, 6, 7, 8, 9, 10]), LocalAttention(ratio=0.5)
+    with kvc.attach(model, rule=rule) as patch, compressed_attention(copy.deepcopy(model), rule=rule) as other:
+        assert patch.rule is rule
+        found = logits_of(model, [5, 6, 7, 8, 9, 10])
+    assert other.rule is rule and (found - plain).abs().max() > 1e-4
+    assert torch.equal(logits_of(model, [5, 6, 7, 8, 9, 10]), plain)  # the model is as it was
+    with kvc.attach(model, tokenizer, rule=rule) as patch:
+        assert patch.rule == rule and len(tokenizer) == model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(ValueError, match="no ids for <CL> and <CR>"):
+        kvc.attach(model, rule=KVCompression(sink_tokens=1))
+    with pytest.raises(ValueError, match="the options are the rule's"):
+        kvc.attach(model, tokenizer, rule=rule, sink_tokens=1)
+    with pytest.raises(TypeError, match="rule is a rule of kv_compression.methods, not a str"):
+        kvc.attach(model, rule="local_attention")
+    with pytest.raises(TypeError, match="a folder, a repository's name or a tokenizer"):
+        kvc.attach(model)
+    with kvc.attach(model, tokenizer, rule=KVCompression(ratio=0.5, sink_tokens=1)) as patch:
+        assert patch.rule == KVCompression(len(tokenizer) - 2, len(tokenizer) - 1, 0.5, sink_tokens=1)
+        assert kvc.compress(model, tokenizer, TEXT).removed_fraction == pytest.approx(0.5, abs=0.02)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["kv"])
+    with kvc.attach(model, runs("kv"), rule=KVCompression(ratio=0.9, sink_tokens=1)) as patch:
+        assert patch.rule == KVCompression(len(tokenizer) - 2, len(tokenizer) - 1, 0.9, sink_tokens=1)
+    with pytest.raises(ValueError, match="it has no sentinels to compress with"):
+        kvc.attach(model, runs("sinks"), rule=KVCompression(ratio=0.9))
 
 
 def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):

@@ -10,9 +10,9 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
-from kv_compression.model.loading import stored_dtype
 from kv_compression.model.vocabulary import add_sentinels
-from kv_compression.training import run as training_run
+from kv_compression.training import loading
+from kv_compression.training.loading import stored_dtype
 from tests.runs import KV, make_run, write_tied_model
 
 
@@ -57,7 +57,7 @@ def merged_at_once(model: str, run: str, dtype: torch.dtype):
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_merging_by_layers_gives_the_same_bits(run, precision, dtype):
     expected = merged_at_once(*run, dtype)
-    _, found, _ = training_run.load_run(run[1], precision)
+    _, found, _ = loading.load_run(run[1], precision)
     assert found.dtype == found.config.dtype == dtype
     for kind in ("named_parameters", "named_buffers"):
         values = dict(getattr(found, kind)())
@@ -87,7 +87,7 @@ def test_one_layer_at_a_time_is_in_fp32(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LoraLayer, "__init__", noted)
     monkeypatch.setattr(peft.tuners.lora.Linear, "merge", counted)
-    training_run.load_run(run, "bf16")
+    loading.load_run(run, "bf16")
     assert seen == [[True]] * 8
 
 

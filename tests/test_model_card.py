@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 
 from kv_compression.data import embedded
 from kv_compression.io.errors import RunError
+from kv_compression.methods import METHODS
 from kv_compression.sharing import model_card
-from kv_compression.training import run as training_run
+from kv_compression.training import loading
 from tests.runs import KV, make_run
 
 REDPAJAMA = "togethercomputer/RedPajama-INCITE-Base-3B-v1"
@@ -100,20 +101,21 @@ def test_the_embedded_model_is_named_as_others_know_it(results, run, monkeypatch
     folder = make_run(tmp_path / "run", "embedded", **KV)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert training_run.load_run(folder, "no")[2].model_name_or_path == "embedded"
+    assert loading.load_run(folder, "no")[2].model_name_or_path == "embedded"
 
 
 def results_of(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
 
 
-@pytest.mark.parametrize("method", [name for name in model_card.SEES if name != "kv_compression"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "kv_compression"])
 def test_other_methods_have_cards_without_sentinels(results, method):
     text = model_card.model_card(results | {"method": method, "sentinels": None, "training": None}, "run")
     assert "<CL>" not in text
     assert "ratio=" not in text
     assert "optimizer steps" not in text
     assert f"**{method.replace('_', ' ')}**" in text
+    assert METHODS[method].card in text
 
 
 def test_figures_that_are_no_numbers_are_left_out(results):
@@ -137,5 +139,5 @@ def test_a_card_that_somebody_has_worked_on_stays(results, tmp_path):
     model_card.write_card(tmp_path, results, "someone/run")
     assert (tmp_path / "README.md").read_text() == begun
     del results["packages"]
-    with pytest.raises(RunError, match="does not tell what a card needs"):
+    with pytest.raises(RunError, match="lacks what a card needs"):
         model_card.write_card(tmp_path / "new", results)

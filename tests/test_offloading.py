@@ -7,8 +7,9 @@ import transformers
 
 import kv_compression as kvc
 from kv_compression.generation import sampling
+from kv_compression.generation.documents import pick_documents, prefix_ids
+from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import input_device
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.spans.self_information import self_information
 from tests.conftest import sentences
@@ -72,11 +73,11 @@ def test_documents_are_continued(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "TOKENS_PER_WORD", 100)
     tokenizer, models, patches = pair(tiny_model)
     WAYS["cpu"](models[1], tmp_path)
-    documents = sampling.pick(sentences(2, seed=5), 2, 20, 5)
+    documents = pick_documents(sentences(2, seed=5), 2, 20, 5)
     plan, sampler = SpanPlan(True, 0.5, 10, 0), sampling.Sampler(words=3, continuations=2)
     texts = []
     for model, patch in zip(models, patches):
-        rows = [sampling.prefix_ids(document, tokenizer, patch.rule, plan, "matched") for document in documents]
+        rows = [prefix_ids(document, tokenizer, patch.rule, plan, "matched") for document in documents]
         found = sampling.continue_documents(model, tokenizer, documents, rows, patch.rule, plan, sampler)
         texts.append([record["continuations"] for record in found])
     assert texts[0] == texts[1]

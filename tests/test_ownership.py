@@ -82,6 +82,19 @@ def test_a_line_that_is_half_there_spoils_no_other(tmp_path):
     assert set(ownership.listed(tmp_path)) >= {"a", "c"}
 
 
+def test_a_list_does_not_grow_for_ever(tmp_path):
+    ownership.announce(tmp_path, {"log": ownership.LOG, "late": ownership.sha256(b"")})
+    for number in range(400):
+        ownership.write(tmp_path / "table.csv", b"%d" % number)
+        ownership.write(tmp_path / "checkpoints" / "step", b"%d" % number, folder=tmp_path, holds=ownership.ANYTHING)
+    assert (tmp_path / ownership.LIST).stat().st_size < 1.1 * ownership.LONGEST
+    for path in (tmp_path / "log", tmp_path / "late"):
+        path.touch()
+    assert list(ownership.others(tmp_path)) == []
+    ownership.remove(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [ownership.LIST, "log"]
+
+
 def test_a_name_that_was_given_up_is_anybodys(tmp_path):
     ownership.announce(tmp_path, {"checkpoints/step_1": ownership.ANYTHING, "log": ownership.LOG})
     (tmp_path / "checkpoints").mkdir()

@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_package_its_license_and_nothing_else(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     required = [name for name in metadata.get_all("Requires-Dist") if "extra ==" not in name]
     assert required == PROJECT["dependencies"]
-    assert {*metadata.get_all("Provides-Extra")} == {"embedded", "phrases", "plots", "scores"}
+    assert {*metadata.get_all("Provides-Extra")} == {"embedded", "phrases", "reports", "scores"}
 
 
 def test_the_wheel_is_imported_from_anywhere(wheel, tmp_path):
@@ -84,7 +84,7 @@ def test_the_public_surface_needs_no_optional_package():
     dependencies = {re.split("[>=]", name)[0] for name in PROJECT["dependencies"]}
     assert third_party("library", set()) <= dependencies
     assert third_party("experiment", set()) <= dependencies
-    assert "matplotlib" in third_party("plots", set()) - dependencies  # that this finds any
+    assert "matplotlib" in third_party("reporting/drawing", set()) - dependencies  # that this finds any
 
 
 def test_the_paper_and_the_software_are_cited():

@@ -64,10 +64,10 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     assert score.nll != pytest.approx(score.nll_per_token, rel=1e-6)
 
 
-def test_blocks_of_like_length_share_a_batch():
-    assert evaluation.batches([5, 3, 5, 4, 3], 2) == [[1, 4], [3, 0], [2]]
-    assert evaluation.batches([7, 7, 7], 2) == [[0, 1], [2]]
+def test_blocks_of_similar_length_share_a_batch():
+    assert evaluation.batches_by_length([5, 3, 5, 4, 3], 2) == [[1, 4], [3, 0], [2]]
+    assert evaluation.batches_by_length([7, 7, 7], 2) == [[0, 1], [2]]
 
 
 def test_perplexity_of_a_hopeless_model_is_infinite():
-    assert evaluation.perplexity(1e4) == math.inf
+    assert evaluation.to_perplexity(1e4) == math.inf

@@ -30,8 +30,8 @@ def test_two_processes_without_an_accelerator_act_together(tmp_path):
     assert main == {
         "processes": 2,
         "device": "cpu",
-        "divided": [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]],
-        "divided, fewer than processes": [[7, 0]],
+        "split_work": [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]],
+        "split_work, fewer than processes": [[7, 0]],
         "on the main process": 0,
         "the main process fails": "UsageError: process 0",
         "the other fails": "RunError: process 1",
@@ -39,12 +39,12 @@ def test_two_processes_without_an_accelerator_act_together(tmp_path):
 
 
 def test_one_process_does_everything_itself():
-    assert processes.divided(lambda items: [item + 1 for item in items], [1, 2, 3]) == [2, 3, 4]
-    assert processes.divided(list, []) == []
-    assert processes.on_main(max, 1, 2) == processes.one_first(max, 1, 2) == 2
+    assert processes.split_work(lambda items: [item + 1 for item in items], [1, 2, 3]) == [2, 3, 4]
+    assert processes.split_work(list, []) == []
+    assert processes.on_main(max, 1, 2) == processes.main_first(max, 1, 2) == 2
     failure = UsageError("no")
     with pytest.raises(UsageError) as caught:
-        processes.one_first(lambda: (_ for _ in ()).throw(failure))
+        processes.main_first(lambda: (_ for _ in ()).throw(failure))
     assert caught.value is failure
 
 

@@ -81,3 +81,10 @@ def test_summary_and_table_state_what_was_measured():
     assert lines[1].split() == ["kv_compression", "0.5", "0.500", "0.600", "12.35", "99.50", "61"]
     assert lines[2].split()[4] == "-"
     assert len({len(line) for line in lines}) == 1
+    several = [RUN | {"seed": seed, "untrained": None, "kept_keys_mean": 64.04} for seed in (0, 1)]
+    several[1]["settings"] = {"recipe": "best"}
+    lines = [line.split() for line in results.table(several).splitlines()]
+    assert lines[0] == ["method", "ratio", "seed", "removed", "attended", "kept", "perplexity", "seconds"]
+    assert lines[1] == ["kv_compression", "0.5", "0", "0.500", "0.600", "64.0", "12.35", "61"]
+    assert lines[2][:3] == ["kv_compression,", "recipe", "best"]
+    assert "before fine-tuning" not in results.summary(several[0])

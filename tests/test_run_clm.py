@@ -13,6 +13,7 @@ import transformers
 
 import run_clm
 from kv_compression.data import blocks as data_blocks
+from kv_compression.methods import NAMES
 from kv_compression.model import vocabulary
 from tests.conftest import sentences
 from tests.runs import call_script
@@ -40,6 +41,7 @@ def call(tiny_model, texts, tmp_path, monkeypatch, capsys):
         tiny = ["--preset", "embedded", "--model_name_or_path", tiny_model, "--mixed_precision", "no"]
         tiny += ["--train_file", texts["train"], "--test_file", texts["test"], "--block_size", "32"]
         tiny += ["--max_span_length", "8", "--max_train_steps", "4", "--max_eval_blocks", "6"]
+        tiny += ["--method", "kv_compression"]
         return call_script(run_clm.main, ["run_clm.py", *(tiny if defaults else []), *flags], monkeypatch, capsys)
 
     return call
@@ -49,7 +51,7 @@ def results_of(folder) -> dict:
     return json.loads((Path(folder) / "results.json").read_text())
 
 
-METHODS = run_clm.METHODS
+METHODS = list(NAMES)
 
 
 @pytest.mark.parametrize("protocol", ["paper", "matched"])
@@ -107,16 +109,16 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     import accelerate
 
     from kv_compression import settings as run_settings
+    from kv_compression.data.splits import read_splits
     from kv_compression.methods.kv_compression import KVCompression
     from kv_compression.model.attention import compressed_attention
     from kv_compression.model.loss import TokenLosses
-    from kv_compression.training import run as training_run
     from kv_compression.training.evaluation import evaluate
 
     settings = run_settings.Settings(**results["settings"] | {"train_file": texts["train"], "test_file": texts["test"]})
     accelerator = accelerate.Accelerator()
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    _, splits = training_run.read_blocks(settings, fresh, None, accelerator)
+    _, splits = read_splits(settings, fresh, None, accelerator.device)
     rule = KVCompression(cl_id, cr_id)
     with compressed_attention(model, rule=rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
@@ -265,16 +267,9 @@ def test_as_a_program(tmp_path):
         assert flag in shown.stdout
 
 
-def test_methods_are_named_alike_everywhere():
-    from kv_compression.methods import METHODS
-
-    assert list(METHODS) == run_clm.METHODS
-
-
-def test_schedulers_are_named_alike_everywhere():
+def test_schedulers_are_those_of_transformers():
     from kv_compression import settings as run_settings
 
-    assert list(run_settings.LR_SCHEDULERS) == run_clm.LR_SCHEDULERS
     assert set(run_settings.LR_SCHEDULERS) <= {kind.value for kind in transformers.SchedulerType}
 
 
@@ -295,7 +290,7 @@ def test_results_say_what_the_learning_rate_did(call, protocol):
     assert call(*flags, "--output_dir", "out")[0] == 0
     results = results_of("out")
     found = results["training"]
-    last = 2e-5 * ((12 - 3) / (12 - 3) if protocol == "paper" else 1 / 3)  # step 4 is the first behind 3 of warm-up
+    last = 2e-5 * ((12 - 3) / (12 - 3) if protocol == "paper" else 1 / 3)  # step 4 is the first after 3 of warm-up
     assert found["last_learning_rate"] == pytest.approx(last)
     counted = 3 if protocol == "paper" else 1
     assert (found["steps"], found["scheduler_steps"], found["scheduler_warmup_steps"]) == (4, 4 * counted, counted)
@@ -346,7 +341,7 @@ def test_another_tokenizer_reads_the_text(call, tiny_model, tmp_path):
     assert results_of("out")["perplexity"] == results_of("own")["perplexity"]
     tokenizer.add_tokens([f"word{number}" for number in range(100)])
     tokenizer.save_pretrained(tmp_path / "large")
-    status, _, errors = call(*flags, str(tmp_path / "large"), "--output_dir", "large")
+    status, _, errors = call(*flags, str(tmp_path / "large"), "--output_dir", "refused")
     assert (status, len(errors)) == (2, 1)
     assert "tokens, the model has" in errors[0]
     assert call(*flags, "./nowhere")[2][0].endswith("--tokenizer_name ./nowhere: no such folder")

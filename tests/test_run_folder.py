@@ -10,7 +10,7 @@ import pytest
 
 import generate_c4
 import run_clm
-from kv_compression.io import commit, hub, ownership
+from kv_compression.io import hub, machine, ownership
 from kv_compression.io.errors import RunError
 from kv_compression.sharing import model_card
 from kv_compression.training import run as training_run
@@ -138,7 +138,7 @@ def test_what_was_made_of_a_run_goes_with_it_and_not_without_being_asked(call, t
     (Path("run") / "results.json").rename("results.json")
     status, _, errors = call()
     assert status == 2
-    assert "was made of an earlier run (README.md, generation.about.json, generation.jsonl)" in errors[0]
+    assert "was made from an earlier run (README.md, generation.about.json, generation.jsonl)" in errors[0]
     text = generated.read_text()
     generated.write_text(text.replace('"index": 0', '"my": 1, "index": 0'))
     status, _, errors = call("--overwrite")
@@ -155,7 +155,7 @@ def test_a_card_that_cannot_be_written_costs_no_results(call, monkeypatch, capsy
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(training_run, "write_card", fail)
+        patched.setattr(model_card, "write_card", fail)
         for expected in ("test perplexity", "finished already"):
             status, out, errors = call()
             assert (status, errors) == (0, [])
@@ -169,16 +169,16 @@ def test_a_card_that_cannot_be_written_costs_no_results(call, monkeypatch, capsy
     assert call("--overwrite")[0] == 0
 
 
-def test_what_goes_wrong_behind_the_results_is_one_line(call, monkeypatch, capsys):
+def test_what_goes_wrong_after_the_results_is_one_line(call, monkeypatch, capsys):
     def fail(*_):
         raise RunError("README.md cannot be written")
 
-    monkeypatch.setattr(training_run, "write_card", fail)
+    monkeypatch.setattr(model_card, "write_card", fail)
     written = []
     monkeypatch.setattr(sys.stderr, "write", written.append)
     assert call()[0] == 0
-    told = [line for line in "".join(written).splitlines() if "warning" in line]
-    assert told == [
+    warnings = [line for line in "".join(written).splitlines() if "warning" in line]
+    assert warnings == [
         "warning: the run is finished, but README.md cannot be written: the same command tries again",
     ]
 
@@ -237,26 +237,26 @@ def test_results_name_the_commit(call, monkeypatch, tmp_path):
 
 
 def test_a_commit_is_that_of_the_projects_own_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(commit, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(machine, "PROJECT", tmp_path / "project")
     (tmp_path / "project").mkdir()
-    assert commit.commit_of_project() is None
+    assert machine.commit_of_project() is None
 
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
 
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "-m", "somebody's")
-    assert commit.commit_of_project() is None  # of another project around it
-    monkeypatch.setattr(commit, "PROJECT", tmp_path)
+    assert machine.commit_of_project() is None  # of another project around it
+    monkeypatch.setattr(machine, "PROJECT", tmp_path)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    found = commit.commit_of_project()
+    found = machine.commit_of_project()
     assert len(found) == 40
     (tmp_path / "a.py").write_text("1")
-    assert commit.commit_of_project() == found
+    assert machine.commit_of_project() == found
     monkeypatch.delenv("GIT_DIR")
     git("add", "a.py")
-    assert commit.commit_of_project() == f"{found}+changes"
+    assert machine.commit_of_project() == f"{found}+changes"
     git("tag", "-a", "v1", "-m", "a tag")
-    assert commit.commit_of_project() == f"{found}+changes"
+    assert machine.commit_of_project() == f"{found}+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit.commit_of_project() is None
+    assert machine.commit_of_project() is None

@@ -12,19 +12,19 @@ import pytest
 import torch
 import transformers
 
-import eval_generation
 from kv_compression import settings as run_settings
+from kv_compression.generation.records import scores_path
 from kv_compression.io.errors import RunError
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
 from kv_compression.methods import METHODS
 from kv_compression.model import lora
 from kv_compression.sweep.plan import plan
-from kv_compression.training import run as training_run
+from kv_compression.training import loading, run_folder
 from tests import test_report
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in (".", "kv_compression", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kv_compression").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "yaml"}
 NEVER_CALLED = {
     *(
@@ -90,7 +90,7 @@ def test_pickled_weights_of_a_model_run_nothing(tiny_model, tmp_path):
     torch.save({"embed_in.weight": Trap(tmp_path / "sprung")}, folder / "pytorch_model.bin")
     settings = run_settings.Settings(model_name_or_path=str(folder))
     with pytest.raises(RunError, match="cannot be loaded"):
-        training_run.load_model(settings)
+        loading.load_model(settings)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -101,7 +101,7 @@ def finished_run(tiny_model, tmp_path) -> Path:
     tokenizer.chat_template = {"default": "x", "../a|b": "y", "c\nd": "z"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     model = lora.add_lora(model, lora.lora_targets(model, None), 4)
-    training_run.save_model(model, tokenizer, tmp_path / "run")
+    run_folder.save_model(model, tokenizer, tmp_path / "run")
     settings = run_settings.resolve(
         {"preset": "embedded", "method": "local_attention", "model_name_or_path": tiny_model}
     )
@@ -110,7 +110,7 @@ def finished_run(tiny_model, tmp_path) -> Path:
 
 
 def test_an_adapter_is_read_from_safetensors_alone(finished_run, tmp_path, monkeypatch):
-    assert training_run.load_run(str(finished_run), "no")[2].method == "local_attention"
+    assert loading.load_run(str(finished_run), "no")[2].method == "local_attention"
     weights, config = finished_run / "adapter_model.safetensors", finished_run / "adapter_config.json"
 
     (tmp_path / "trap.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\n")
@@ -118,15 +118,15 @@ def test_an_adapter_is_read_from_safetensors_alone(finished_run, tmp_path, monke
     told = json.loads(config.read_text())
     for changes in ({"megatron_config": {"a": 1}, "megatron_core": "trap"}, {"peft_type": "XLORA"}):
         config.write_text(json.dumps(told | changes))
-        with pytest.raises(RunError, match="the adapter in .* cannot be loaded: it is not of run_clm.py"):
-            training_run.load_run(str(finished_run), "no")
+        with pytest.raises(RunError, match="the adapter in .* cannot be loaded: run_clm.py did not write it"):
+            loading.load_run(str(finished_run), "no")
     assert "trap" not in sys.modules
 
     config.write_text(json.dumps(told))
     weights.unlink()
     torch.save({"x": Trap(tmp_path / "sprung")}, finished_run / "adapter_model.bin")
     with pytest.raises(RunError, match="there is no adapter_model.safetensors"):
-        training_run.load_run(str(finished_run), "no")
+        loading.load_run(str(finished_run), "no")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -147,7 +147,7 @@ def test_text_becomes_a_plain_name_of_its_own():
 
 @pytest.mark.parametrize("name", ["a b|c", "été\n", "$(id)", "\udcff"])
 def test_names_of_given_files_are_plain_in_results_and_of_scores(name):
-    assert PLAIN.fullmatch(eval_generation.scores_path(Path("folder") / f"{name}.jsonl").name)
+    assert PLAIN.fullmatch(scores_path(Path("folder") / f"{name}.jsonl").name)
     assert PLAIN.fullmatch(run_settings.Settings(train_file=f"folder/{name}.txt").identity()["train_file"])
 
 

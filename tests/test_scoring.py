@@ -2,7 +2,6 @@ import math
 import unicodedata
 
 import bert_score
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
-from kv_compression.generation import scoring
+from kv_compression.generation import scorers, scoring
 from kv_compression.io.errors import RunError, UsageError
 from tests.conftest import sentences
 
@@ -109,10 +108,10 @@ def test_a_layer_that_nobody_knows_is_named(tiny_roberta):
     for layer in (3, -1):
         with pytest.raises(UsageError, match=f"--bertscore_layer {layer}: .* between 0 and 2"):
             scoring.BertScorer(tiny_roberta, layer, CPU)
-    assert run_settings.scorers("embedded", None, None) == (run_settings.EMBEDDED, 6, run_settings.EMBEDDED)
-    assert run_settings.scorers("embedded", None, None, 3).layer == 3
-    assert run_settings.scorers("paper", "folder", None).layer is None
-    assert run_settings.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
+    assert scorers.scorers("embedded", None, None) == (run_settings.EMBEDDED, 6, run_settings.EMBEDDED)
+    assert scorers.scorers("embedded", None, None, 3).layer == 3
+    assert scorers.scorers("paper", "folder", None).layer is None
+    assert scorers.scorers("paper", "folder", None, 2) == ("folder", 2, "EleutherAI/pythia-1b")
 
 
 def test_fluency_strips_texts_and_scores_no_end_of_text(tiny_model, tmp_path):
@@ -153,35 +152,6 @@ def test_missing_models_are_named():
         scoring.Fluency("/nowhere/at/all", CPU)
     with pytest.raises(RunError, match="BERTScore model .*nowhere"):
         scoring.BertScorer("/nowhere/at/all", 6, CPU)
-
-
-def test_bootstrap_covers_the_mean():
-    values = np.random.default_rng(0).normal(3, 1, size=200)
-    estimate = scoring.bootstrap(values)
-    assert estimate.mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / math.sqrt(200)
-    assert estimate.low == pytest.approx(values.mean() - half, abs=0.02)
-    assert estimate.high == pytest.approx(values.mean() + half, abs=0.02)
-    assert scoring.bootstrap([2.0]) == scoring.Estimate(2, 2, 2)
-    assert math.isnan(scoring.bootstrap([]).mean)
-
-
-def test_p_values_are_small_for_real_differences_and_even_for_none():
-    draw = np.random.default_rng(0)
-    base = draw.normal(size=60)
-    assert scoring.paired_p_value(base + 0.5 + draw.normal(size=60) * 0.1, base) < 0.001
-    even = [scoring.paired_p_value(base + draw.normal(size=60), base, seed) for seed in range(200)]
-    assert 0.3 < np.mean(even) < 0.7
-    assert np.mean(np.array(even) < 0.05) < 0.12
-    assert scoring.paired_p_value([1, 2], [1, 2]) == 1
-
-
-def test_few_documents_can_show_nothing():
-    least = [scoring.least_p_value(count) for count in (1, 4, scoring.FEWEST_DOCUMENTS - 1, scoring.FEWEST_DOCUMENTS)]
-    assert least[:2] == [1, 0.125]
-    assert least[2] > 0.05 > least[3]
-    for count, expected in ((4, 0.125), (6, 0.03125)):
-        assert scoring.paired_p_value(np.arange(1.0, count + 1), np.zeros(count)) == pytest.approx(expected, abs=0.01)
 
 
 def constant_bert(references, texts):

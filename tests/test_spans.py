@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_compression.methods import ratio as ratios
 from kv_compression.spans import exact, paper
 
 SEEDS = st.integers(0, 2**32)
@@ -25,7 +26,7 @@ def removed(found) -> int:
 
 @given(st.integers(1, 400), st.integers(2, 40), SEEDS, st.data())
 def test_exact_spans_remove_exactly_the_share(num_tokens, longest, seed, data):
-    bound = exact.most_removable(num_tokens, longest)
+    bound = ratios.most_removable(num_tokens, longest)
     to_remove = data.draw(st.integers(0, bound))
     ratio = to_remove / num_tokens
     found = exact.exact_spans(num_tokens, ratio, longest, np.random.default_rng(seed))
@@ -38,7 +39,7 @@ def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
     longest = crs + extra
     first = data.draw(st.integers(0, num_tokens))
     last = data.draw(st.integers(first, num_tokens))
-    to_remove = data.draw(st.integers(0, exact.most_removable(last - first, longest, crs)))
+    to_remove = data.draw(st.integers(0, ratios.most_removable(last - first, longest, crs)))
     found = exact.exact_spans(num_tokens, to_remove / num_tokens, longest, seed, cr_tokens=crs, first=first, last=last)
     assert sum(end - begin + 1 - crs for begin, end in found) == to_remove
     assert all(first <= begin and end < last and crs < end - begin + 1 <= longest for begin, end in found)
@@ -47,11 +48,11 @@ def test_exact_spans_in_a_part_of_the_block(num_tokens, crs, extra, seed, data):
 
 @given(st.integers(1, 300), st.floats(0, 0.95), st.integers(1, 3), st.integers(1, 30), st.integers(0, 5))
 def test_the_widest_window_is_the_last_that_leaves_room(num_tokens, ratio, crs, extra, first):
-    window, longest = exact.widest_window(num_tokens, ratio, crs + extra, crs, first), crs + extra
+    window, longest = ratios.widest_window(num_tokens, ratio, crs + extra, crs, first), crs + extra
     room = [
         wide
         for wide in range(num_tokens - first + 1)
-        if exact.most_removable(num_tokens - first - wide, longest, crs) >= round(ratio * num_tokens)
+        if ratios.most_removable(num_tokens - first - wide, longest, crs) >= round(ratio * num_tokens)
     ]
     assert window == max(room, default=0)
 

@@ -8,11 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression import settings as run_settings
-from kv_compression.io.errors import UsageError, nearest
-from kv_compression.methods import METHODS
-from kv_compression.methods.kv_compression import CR_VISIBILITIES
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["run_clm", "generate_c4", "eval_generation", "export_model", "sweep", "report"]
 RUN = {"method": "local_attention", "bound_ratio": 0.5, "protocol": "matched", "preset": "embedded", "seed": 0}
@@ -136,32 +131,3 @@ def test_help_loads_neither_torch_nor_what_stands_on_it(script):
     done = call(script, "--help", package="numpy")
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: {script}.py")
-
-
-@pytest.mark.parametrize(
-    ("flag", "meant"),
-    [
-        ("--bound_raito", "--bound_ratio"),
-        ("--Ratio", "--bound_ratio"),
-        ("--epochs", "--num_train_epochs"),
-        ("--learning_rte", "--learning_rate"),
-        ("--xyz", None),
-        ("0.5", None),
-    ],
-)
-def test_the_nearest_flag(flag, meant):
-    known = ["-h", "--help", "--bound_ratio", "--num_train_epochs", "--learning_rate", "--method"]
-    assert nearest(flag, known) == meant
-
-
-def test_settings_know_methods_and_choices_without_loading_them():
-    assert tuple(METHODS) == run_settings.METHOD_NAMES
-    assert run_settings._choices()["cr_visibility"] == CR_VISIBILITIES
-
-
-def test_flags_are_refused_only_where_no_preset_takes_them():
-    run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed"})  # the paper's preset does not
-    with pytest.raises(UsageError, match="needs --protocol matched"):
-        run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed", "preset": "paper"})
-    with pytest.raises(UsageError, match="r cannot be"):
-        run_settings.check_flags({"method": "kv_compression", "r": "16"})

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_compression.methods.ratio import most_removable
 from kv_compression.spans.chosen import cheapest_spans, fixed_spans
-from kv_compression.spans.exact import most_removable
 from tests.test_spans import check_spans
 
 

@@ -66,7 +66,7 @@ def tiny(tiny_model, tmp_path_factory) -> list[str]:
 
 
 def settings_of(flags) -> run_settings.Settings:
-    return run_settings.resolve(run_clm.parse(flags)[0])
+    return run_settings.resolve(run_settings.parse(flags)[0])
 
 
 @given(st.lists(st.floats(0, 0.99), min_size=1, max_size=40))
@@ -128,7 +128,7 @@ def jobs(tiny, tmp_path):
     """Makes the jobs of a sweep in `tmp_path`; `others` are more flags for its runs."""
 
     def jobs(protocols=("matched",), **others):
-        given = {name: value for name, value in run_clm.parse(tiny)[0].items() if value is not None}
+        given = {name: value for name, value in run_settings.parse(tiny)[0].items() if value is not None}
         return sweep_jobs.make_jobs(plan(BOTH, [0.5], [0], protocols), tmp_path, given | others, settings_of)
 
     return jobs
@@ -489,7 +489,7 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert in_this_process == ["run_clm"] * 4
     *_, done, head, full, compressed, local, command = capsys.readouterr().out.splitlines()
     assert done == f"all 4 runs are finished, in {tmp_path}/sweep"
-    assert head.split() == ["method", "ratio", "removed", "attended", "perplexity", "seconds"]
+    assert head.split() == ["method", "ratio", "removed", "attended", "kept", "perplexity", "seconds"]
     assert [line.split()[0] for line in (full, compressed, local)] == [
         *("full_attention", "kv_compression", "local_attention"),
     ]

@@ -17,6 +17,7 @@ from kv_compression.settings import LR_SCHEDULERS, Settings
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop
 from kv_compression.training.checkpoints import Checkpoint, Checkpoints
+from kv_compression.training.schedule import EPOCHS_APART, Schedule, StepData
 from tests.models import CONFIGS, random_model
 
 CL, CR = 62, 63
@@ -96,14 +97,14 @@ def test_everything_trainable_is_fp32_over_a_bf16_model():
 
 def test_the_schedule_reads_every_block_once_an_epoch():
     wanted = settings(per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    schedule = training_loop.Schedule(wanted, 10, 1)
+    schedule = Schedule(wanted, 10, 1)
     assert (schedule.steps_per_epoch, schedule.num_steps) == (2, 4)
     for epoch in (0, 1):
         read = [schedule.blocks_of(step) for step in (2 * epoch, 2 * epoch + 1)]
         assert [len(schedule.micro_batches(blocks)) for blocks in read] == [2, 2]
         assert sorted(block for blocks in read for block in blocks) == list(range(10))
     assert schedule.blocks_of(0) != schedule.blocks_of(2)
-    assert training_loop.Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
+    assert Schedule(settings(max_train_steps=3), 10, 1).num_steps == 3
 
 
 class Noted:
@@ -201,8 +202,8 @@ def test_weight_decay_shrinks_what_is_trained():
 @pytest.mark.parametrize("num_blocks", [16, 10, 3])
 def test_processes_read_together_what_one_reads_alone(num_blocks):
     def data(size, processes):
-        schedule = training_loop.Schedule(settings(per_device_train_batch_size=size), num_blocks, processes)
-        return [training_loop.StepData(blocks_of(num_blocks), schedule, number, False) for number in range(processes)]
+        schedule = Schedule(settings(per_device_train_batch_size=size), num_blocks, processes)
+        return [StepData(blocks_of(num_blocks), schedule, number, False) for number in range(processes)]
 
     (one,), two = data(4, 1), data(2, 2)
     for step in range(len(one)):
@@ -218,8 +219,8 @@ def test_processes_read_together_what_one_reads_alone(num_blocks):
 def test_spans_are_redrawn_every_epoch_unless_fixed():
     def block_zero(fixed, epoch):
         wanted = settings(fixed_spans=fixed, per_device_train_batch_size=1, gradient_accumulation_steps=1)
-        schedule = training_loop.Schedule(wanted, 1, 1)
-        step = training_loop.StepData(blocks_of(1), schedule, 0, fixed)[epoch]
+        schedule = Schedule(wanted, 1, 1)
+        step = StepData(blocks_of(1), schedule, 0, fixed)[epoch]
         return step[0].inputs["input_ids"].tolist()
 
     assert block_zero(True, 0) == block_zero(True, 1)
@@ -231,13 +232,13 @@ def test_scattered_keys_are_redrawn_every_epoch_and_the_rule_is_put_back():
     seeds = []
 
     class Recorded(ScatteredAttention):
-        def mask_mod(self, input_ids):
-            if len(input_ids) > 1:  # not the token that the model is tried on
+        def sees(self, tokens):
+            if len(tokens.kinds) > 1:  # not the token that the model is tried on
                 seeds.append(self.seed)
-            return super().mask_mod(input_ids)
+            return super().sees(tokens)
 
     run(adapted(), blocks_of(4, 0.0), Recorded(ratio=0.5, seed=7), settings())
-    assert seeds == [7, 7, 7 + training_loop.EPOCHS_APART, 7 + training_loop.EPOCHS_APART]
+    assert seeds == [7, 7, 7 + EPOCHS_APART, 7 + EPOCHS_APART]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

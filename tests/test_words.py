@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
-from kv_compression.generation.sampling import split_document
+from kv_compression.generation.documents import split_document
 from kv_compression.generation.words import RUN, WORD, folded_runs
 
 ASCII = st.text(st.characters(max_codepoint=127))

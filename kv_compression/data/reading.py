@@ -14,23 +14,16 @@ from kv_compression.io.errors import RunError, UsageError, is_main_process, one_
 from kv_compression.io.hub import check_hub
 
 if TYPE_CHECKING:
-    import datasets  # else where it is used: it takes a second, and the library does without
-
+    import datasets  # imported where it is used: it takes a second, and the library does not need it
 
 OFFLINE = "--preset embedded, which needs no network, or local files"
-
-
 BLANKS = re.compile(r"\s*")
-
-
 NUMERAL = re.compile(r"[\s\d.,:+-]*")
-
-
-SAMPLE = 1000  # texts that are looked at to see what a column holds
+SAMPLE = 1000  # texts that show what a column holds
 
 
 def load_file(path: str, split: str) -> "datasets.Dataset":
-    """The rows of the local file that --<split>_file names, as `read_texts` reads it."""
+    """The rows of the local file named by --<split>_file, read by `read_texts`."""
     import datasets
 
     features = datasets.Features({"text": datasets.Value("large_string")})
@@ -38,11 +31,11 @@ def load_file(path: str, split: str) -> "datasets.Dataset":
 
 
 def read_texts(path: str, flag: str) -> list[str]:
-    """The texts in a local .jsonl, .json, .txt (a line is one) or .csv file, of its `text_column`.
+    """The texts in the `text_column` of a local .jsonl, .json or .csv file, or the lines of a .txt file.
 
-    Rows without a text are left out. UsageError or RunError, naming the `flag` that named the file, if it is no such
-    file. Read by Python's own parsers: those of `datasets` would unpack an archive, whatever its name ends in, and take
-    a text like "NA" for a missing one.
+    Rows without a text are left out. UsageError or RunError, naming the file and its `flag`, if it cannot be read.
+    Python's own parsers read it: those of `datasets` would unpack an archive, whatever its suffix, and take the text
+    "NA" for a missing one.
     """
     file, source = Path(path), f"--{flag} {path}"
     if file.suffix not in READERS:
@@ -58,7 +51,7 @@ def read_texts(path: str, flag: str) -> list[str]:
         texts = [row[column] for row in rows if row.get(column) is not None]
         wrong = [text for text in texts if not isinstance(text, str)]
         if not wrong:
-            "".join(texts).encode()  # JSON can tell of lone surrogates, which are no text
+            "".join(texts).encode()  # JSON may hold lone surrogates, which are not text
     except UsageError:
         raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
@@ -67,19 +60,19 @@ def read_texts(path: str, flag: str) -> list[str]:
         raise UsageError(f'the column "{column}" of {source} holds {type(wrong[0]).__name__} values, not text')
     if not texts:
         raise UsageError(f"{source} holds no text")
-    _tell_column(column, names, texts, source)
+    _report_column(column, names, texts, source)
     return texts
 
 
 def _json_rows(text: str) -> list[dict]:
-    """The objects that stand one behind another, as in JSON lines, or in a list."""
+    """The objects in a JSON list, or one after another as in JSON lines."""
     decoder, place, rows = json.JSONDecoder(), 0, []
     while (place := BLANKS.match(text, place).end()) < len(text):
         value, place = decoder.raw_decode(text, place)
         rows += value if isinstance(value, list) else [value]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object, but {type(row).__name__}")
+            raise ValueError(f"row {number} is not an object, but {type(row).__name__}")
     return rows
 
 
@@ -102,7 +95,7 @@ READERS = {".jsonl": _json_rows, ".json": _json_rows, ".txt": _lines, ".csv": _c
 
 
 def load_hub_split(name: str, config: str | None, split: str) -> "datasets.Dataset | None":
-    """One split of a dataset on the Hugging Face hub, or in a local folder, None if it has no such split."""
+    """One split of a dataset on the Hugging Face hub or in a local folder; None if it has no such split."""
     import datasets
 
     if not Path(name).exists():
@@ -132,32 +125,29 @@ def stream_c4(seed: int) -> Iterator[str]:
 
 
 def with_text(rows: "datasets.Dataset", source: str) -> "datasets.Dataset":
-    """`rows` with their `text_column` alone, as "text", without missing values; UsageError if there is no such text."""
+    """The `text_column` of `rows`, named "text" and without missing values. UsageError if it is no text."""
     column = text_column(rows.column_names, source)
     names, rows = rows.column_names, rows.select_columns(column)
     if column != "text":
         rows = rows.rename_column(column, "text")
-    rows = rows.filter(_present, batched=True)
+    rows = rows.filter(lambda batch: [text is not None for text in batch["text"]], batched=True)
     if len(rows) == 0:
         raise UsageError(f"{source} holds no text")
     if not isinstance(rows[0]["text"], str):
         raise UsageError(f'the column "{column}" of {source} holds {type(rows[0]["text"]).__name__} values, not text')
-    _tell_column(column, names, rows[:SAMPLE]["text"], source)
+    _report_column(column, names, rows[:SAMPLE]["text"], source)
     return rows
 
 
 def text_column(names: Sequence[str], source: str) -> str:
-    """The column that holds the text: "text", or else the first, as the published scripts choose.
-
-    UsageError if there is none.
-    """
+    """The column of the text: "text", or else the first, as in the published scripts. UsageError if there is none."""
     if not names:
         raise UsageError(f'{source} has no column "text", nor any other')
     return "text" if "text" in names else names[0]
 
 
-def _tell_column(column: str, names: Sequence[str], texts: Sequence[str], source: str) -> None:
-    """Say which of the columns `names` is read in place of "text"; UsageError if it holds numbers, as ids are."""
+def _report_column(column: str, names: Sequence[str], texts: Sequence[str], source: str) -> None:
+    """Say which of the columns `names` is read instead of "text". UsageError if it holds numbers, as ids are."""
     if column == "text":
         return
     if all(NUMERAL.fullmatch(text) for text in texts[:SAMPLE]):
@@ -165,7 +155,3 @@ def _tell_column(column: str, names: Sequence[str], texts: Sequence[str], source
         raise UsageError(f'{source} has no column "text", and its first, "{column}", holds numbers (it has: {there})')
     if is_main_process():
         print(printable(f'{source} has no column "text": its first, "{column}", is read'), file=sys.stderr, flush=True)
-
-
-def _present(batch: dict) -> list[bool]:
-    return [text is not None for text in batch["text"]]

@@ -1,15 +1,16 @@
-"""Files of JSON lines that grow as work is done: appended durably, continued after a kill, read with care."""
+"""Generation files: JSON lines that are appended durably, continued after a kill, and read with care."""
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from kv_compression.io import ownership, strict_json
-from kv_compression.io.errors import RunError, UsageError, one_line
+from kv_compression.io.errors import RunError, UsageError, one_line, printable
 from kv_compression.io.fields import OF_A_GENERATION, check, is_count
+from kv_compression.io.ownership import file_name
 from kv_compression.io.results import write_json
-from kv_compression.io.whole_files import file_name
 
 
 def about_path(path: Path) -> Path:
@@ -31,7 +32,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read(path: Path) -> tuple[list[dict], list[str]]:
-    """The records of a file, and what is wrong with the lines that are none ("line 7: …"). RunError if unreadable."""
+    """The records of a file, and what is wrong with its other lines ("line 7: …"). RunError if it cannot be read."""
     records, problems = [], []
     for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
@@ -57,6 +58,12 @@ def usable(records: list[dict]) -> list[dict]:
     return list(filter(is_usable, records))
 
 
+def kept_fraction(records: list[dict]) -> float | None:
+    """Keys that the cache held of a prefix ÷ the prefix's tokens, averaged over usable records; None without any."""
+    held = [record["cache_length"] / record["prefix_tokens"] for record in usable(records)]
+    return sum(held) / len(held) if held else None
+
+
 def is_scorable(record: dict) -> bool:
     """Whether `scoring.score_records` can score a continuation of this record."""
     index, reference, texts = (record.get(name) for name in ("index", "reference", "continuations"))
@@ -65,8 +72,33 @@ def is_scorable(record: dict) -> bool:
     return bool(reference.strip()) and all(isinstance(text, str) for text in texts) and any(map(str.strip, texts))
 
 
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """The generation files that are named or lie below a named folder: those with an .about.json beside them.
+
+    UsageError if a named file has nothing to score; below a folder it is skipped, as one that has just begun.
+    """
+    found = []
+    for name in paths:
+        path = Path(name)
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        below = sorted(path.rglob("*.about.json")) if path.is_dir() else []
+        found += [about.with_name(about.name.replace(".about.json", ".jsonl")) for about in below] or [path]
+    files = []
+    for path in filter(Path.is_file, dict.fromkeys(found)):
+        if any(map(is_scorable, read(path)[0])):
+            files.append(path)
+        elif path in map(Path, paths):
+            raise UsageError(f"{path} holds no continuations: name a file that generate_c4.py has written")
+        else:
+            print(printable(f"{path}: left out: it holds no continuations yet"))
+    if not files:
+        raise UsageError(f"no generation file in {', '.join(paths)}: generate_c4.py writes them")
+    return files
+
+
 def read_about(path: Path) -> dict | None:
-    """What made the file, None if that is not told. RunError if that file is damaged."""
+    """What made the file, None if nothing says so. RunError if the file that should is damaged."""
     try:
         about = strict_json.read(about_path(path))
     except FileNotFoundError:
@@ -83,10 +115,10 @@ def read_about(path: Path) -> dict | None:
 
 
 def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
-    """Make ready to append to `path`; returns the `index` of every record that is there already.
+    """Prepare to append to `path`; returns the `index` of every usable record that it holds already.
 
-    A half-written last line is cut off. UsageError if the file was made by something else, unless `overwrite`, which
-    starts it anew if it is one that `append` has written.
+    A half-written last line is cut off. UsageError if the file was made by something else; with `overwrite` a file that
+    `append` has written is replaced.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
@@ -106,7 +138,7 @@ def continue_file(path: Path, about: dict, overwrite: bool) -> set[int]:
 
 
 def _end_last_line(path: Path) -> None:
-    """Cut a half-written last line off; a whole one that has lost its end gets it. OSError if the disk refuses."""
+    """Cut off a half-written last line; end a whole one that lacks its line break. OSError if the disk refuses."""
     content = read_bytes(path)
     whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
     if not last:
@@ -121,16 +153,23 @@ def _end_last_line(path: Path) -> None:
 
 
 def append(path: Path, records: Iterable[dict]) -> None:
-    """Append records, a line each, and see them safely to the disk.
+    """Append records, a line each, and flush them to the disk.
 
-    What the file holds then is listed as ours, unless somebody has changed what it held before.
+    What the file holds then is listed as ours, unless somebody has changed what it held before; a record at a time, so
+    that a kill between any two leaves a file that is listed.
     """
-    lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-    there = read_bytes(path) if path.exists() else b""
+    for line in [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records] or [b""]:
+        _try(path, partial(_append_line, path, line))
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    before = read_bytes(path) if path.exists() else b""
     if not path.exists() or ownership.is_ours(path):
-        _try(path, lambda: ownership.announce(path.parent, {path.name: ownership.sha256(there + lines)}))
-    with _try(path, lambda: path.open("ab")) as file:
-        _try(path, lambda: (file.write(lines), file.flush(), os.fsync(file.fileno())))
+        ownership.announce(path.parent, {path.name: ownership.sha256(before + line)})
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _try(path: Path, action: Callable):

@@ -1,16 +1,14 @@
 """How good continuations are: ROUGE-L and BERTScore against the real text, fluency under a language model.
 
-The scores are the libraries' own; here they are only collected per document, averaged and compared.
+The scores are the libraries' own; here they are collected and averaged per document.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from rouge_score.rouge_scorer import RougeScorer
@@ -18,13 +16,12 @@ from rouge_score.tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from kv_compression.generation.comparing import METRICS
 from kv_compression.generation.words import folded_runs
 from kv_compression.io import processes
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.model.vocabulary import unended
 
-RESAMPLES = 10_000
-FEWEST_DOCUMENTS = 6  # that can show a difference: of five no p-value can fall below 0.05
 SKIPPED = (
     "records without an index of their own",
     "missing references",
@@ -34,25 +31,25 @@ SKIPPED = (
 )
 
 
-class Runs(Tokenizer):
-    """What rouge_score compares, in any script; its own tokenizer throws away all but a to z and digits."""
+class AnyScript(Tokenizer):
+    """Tokenizes text in any script for rouge_score, whose own tokenizer drops all but a to z and digits."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The runs of `words.folded_runs`."""
+        """The text's `words.folded_runs`."""
         return folded_runs(text)
 
 
 def rouge_l(references: Sequence[str], continuations: Sequence[str]) -> list[float]:
-    """ROUGE-L F1 of every pair, without stemming, 0 … 1; of ASCII texts rouge_score's own figures."""
-    scorer = RougeScorer(["rougeL"], tokenizer=Runs())
+    """ROUGE-L F1 of every pair, without stemming, from 0 to 1; for ASCII texts the figures are rouge_score's own."""
+    scorer = RougeScorer(["rougeL"], tokenizer=AnyScript())
     return [scorer.score(ref, text)["rougeL"].fmeasure for ref, text in zip(references, continuations)]
 
 
 class BertScorer:
-    """BERTScore F1 with an encoder from the hub or a folder, by the output of its layer number `layer`.
+    """BERTScore F1 with an encoder from the hub or a folder, on the output of its layer number `layer`.
 
-    Texts are stripped, and cut where the encoder has no more positions. UsageError where bert-score does not know
-    which layer is best and none is given, or the encoder has no such layer; RunError if it cannot be loaded.
+    Texts are stripped, and truncated to the encoder's positions. UsageError if `layer` is None and bert-score does not
+    know the best one, or if the encoder has no such layer; RunError if the encoder cannot be loaded.
     """
 
     def __init__(self, model: str, layer: int | None, device: torch.device, batch_size: int = 64):
@@ -68,7 +65,7 @@ class BertScorer:
             if isinstance(error, AssertionError) and "num_layers" in str(error):
                 raise UsageError(f"--bertscore_layer {layer}: {one_line(error)}") from error
             raise RunError(f"the BERTScore model {model} could not be loaded ({one_line(error)})") from error
-        # Some encoders name no longest input; bert-score hands that to the tokenizer as a number it cannot hold.
+        # Some tokenizers have no maximal length: theirs is a number so large that truncation overflows.
         tokenizer = self.scorer._tokenizer
         tokenizer.model_max_length = min(tokenizer.model_max_length, usable_positions(self.scorer._model))
 
@@ -78,9 +75,10 @@ class BertScorer:
 
 
 def usable_positions(encoder: torch.nn.Module) -> int:
-    """The tokens that an encoder reads at most, 512 where it sets no bound.
+    """The most tokens that an encoder can read, 512 if it sets no bound.
 
-    RoBERTa and its kin count positions from behind the padding's: they have fewer than their configuration says.
+    RoBERTa and models like it count positions from the padding's position on, so they have fewer than their
+    configuration says.
     """
     positions = getattr(encoder.config, "max_position_embeddings", None) or -1
     positions = positions if positions > 0 else 512  # XLNet's says -1
@@ -92,10 +90,10 @@ def usable_positions(encoder: torch.nn.Module) -> int:
 
 
 class Fluency:
-    """Perplexity of texts under a causal language model, each on its own, its first token not predicted.
+    """Perplexity of texts under a causal language model, each text alone, its first token not predicted.
 
     Texts are stripped, as in the public reproduction of the paper: the space before a continuation would make its first
-    word easier. What a tokenizer puts before a text is read, what it puts behind is not scored.
+    word easier. Special tokens that the tokenizer adds before a text are read; those after it are not scored.
     """
 
     def __init__(self, model: str, device: torch.device, batch_size: int = 16):
@@ -113,7 +111,7 @@ class Fluency:
     def __call__(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """Summed negative log-likelihood (nats) and number of predicted tokens of every text."""
         ids = [unended(self.tokenizer, text.strip()) for text in texts]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of like length share a batch
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of similar length share a batch
         scores: list[tuple[float, int]] = [(0.0, 0)] * len(ids)
         for start in tqdm(range(0, len(order), self.batch_size), desc="fluency", leave=False):
             batch = [number for number in order[start : start + self.batch_size] if len(ids[number]) > 1]
@@ -130,44 +128,6 @@ class Fluency:
             for number, loss in zip(batch, losses.tolist()):
                 scores[number] = (loss, len(ids[number]) - 1)
         return scores
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over documents and its 95% confidence interval (bootstrap over documents)."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean of one value a document, with the interval that resampling documents gives."""
-    values = np.asarray(values, dtype=np.float64)
-    if not len(values):
-        return Estimate(math.nan, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
-def paired_p_value(first: Sequence[float], second: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value that two methods' scores on the same documents differ by chance alone.
-
-    A permutation test: the sign of every document's difference is flipped at random.
-    """
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    if not len(differences):
-        return math.nan
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(differences)))
-    extreme = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
-    return float((extreme.sum() + 1) / (RESAMPLES + 1))
-
-
-def least_p_value(documents: int) -> float:
-    """The least that `paired_p_value` of so many documents can be: where all differences have one sign."""
-    return min(2.0 ** (1 - documents), 1.0)
 
 
 class Scores(NamedTuple):
@@ -188,9 +148,9 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
     """Scores of a generation file's records: per document, averaged over its continuations.
 
     Returns `documents` (by index: rouge_l, bertscore, perplexity), `skipped` (what could not be scored, counted by
-    reason) and the token-weighted perplexity over all continuations. A document whose record is unusable, and an empty
-    continuation, is counted, not scored. Processes that all call this with the same records share the documents, and
-    all get everything.
+    reason) and the token-weighted perplexity over all continuations. Unusable records and empty continuations are
+    counted, not scored. All processes call this with the same records: they share the documents, and each gets all
+    scores.
     """
     skipped = dict.fromkeys(SKIPPED, 0)
     pairs: dict[int, list[tuple[str, str]]] = {}
@@ -208,13 +168,13 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
             continue
         skipped["empty continuations"] += sum(not text.strip() for text in texts)
         pairs[index] = [(reference, text) for text in texts if text.strip()]
-    scores = dict(zip(pairs, processes.divided(partial(_score, bert, fluency), list(pairs.values()))))
+    scores = dict(zip(pairs, processes.split_work(partial(_score, bert, fluency), list(pairs.values()))))
     every = list(itertools.chain.from_iterable(scores.values()))
     skipped["continuations of one token (no perplexity)"] = sum(score.count == 0 for score in every)
     documents: dict[int, dict[str, float]] = {}
     for index in sorted(index for index, own in scores.items() if own):
         document = {}
-        for name in ("rouge_l", "bertscore", "perplexity"):
+        for name in METRICS:
             found = [value for score in scores[index] if (value := getattr(score, name)) is not None]
             if found:
                 document[name] = sum(found) / len(found)
@@ -225,7 +185,7 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
 
 
 def _score(bert: BertScorer, fluency: Fluency, pairs: Sequence[list[tuple[str, str]]]) -> list[list[Scores]]:
-    """The scores of every document's continuations, from its pairs of reference and continuation."""
+    """The scores of every document's continuations, from its `(reference, continuation)` pairs."""
     references, texts = ([pair[part] for own in pairs for pair in own] for part in (0, 1))
     rows = zip(rouge_l(references, texts), bert(references, texts) if texts else [], fluency(texts))
     scores = iter([Scores(rouge, f1, loss, count) for rouge, f1, (loss, count) in rows])

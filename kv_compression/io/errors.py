@@ -1,14 +1,12 @@
-"""How scripts and their users talk: flags, the two ways in which what a user gave ends a run, and how that is told."""
+"""How a script ends: errors that take one line, exit statuses, and what it prints."""
 
-import argparse
-import difflib
 import os
 import shlex
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 LIBRARY_SETTINGS = {
@@ -20,18 +18,19 @@ LIBRARY_SETTINGS = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",
 }
 NO_PROGRESS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-# A thread that waits for others spins, and takes from a core what they need if a neighbour keeps that core busy: then
-# training is many times slower. Passive threads sleep. An idle machine loses a few percent; see docs/operations.md.
+# By default a waiting thread spins. On a core that another program keeps busy it takes the time that the others need,
+# and training is many times slower. Passive threads sleep, which costs an idle machine a few percent (see
+# docs/operations.md).
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-SETS_THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_", "KMP_")  # a user of these has chosen
+SETS_THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_", "KMP_")  # whoever sets one of these has chosen
 ROOT = Path(__file__).resolve().parents[2]
-LAST_WORDS = 10.0  # seconds that a process leaves another to say why both end
+LAST_WORDS = 10.0  # seconds that a process waits for another to say why both end
 
 
 def quiet_libraries() -> None:
-    """Tell the libraries what only the environment tells them, unless the user has; call before importing them.
+    """Set the environment variables that configure the libraries, unless the user has; call before importing them.
 
-    This includes how torch's threads wait (`THREADS`). Processes that are started from here inherit it.
+    One of them is how torch's threads wait (`THREADS`). Processes started from here inherit them.
     """
     settings = LIBRARY_SETTINGS if is_main_process() else LIBRARY_SETTINGS | NO_PROGRESS
     if not any(name.startswith(SETS_THREADS) for name in os.environ):
@@ -45,7 +44,7 @@ LONGEST = 2000  # characters of a line
 
 
 def printable(text: str) -> str:
-    """Text that may come from a file, as one line for a terminal: no control characters, and not endless."""
+    """Text, which may come from a file, as one line for a terminal: no control characters, at most `LONGEST`."""
     if not text.isprintable():
         text = "".join(letter if letter.isprintable() else " " for letter in text)
     line = " ".join(text.split())
@@ -67,19 +66,19 @@ class RunError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the run, and what was done is safe: exit status 130."""
+    """A signal has ended the run, and its work so far is saved: exit status 130."""
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of its launch that speaks, as launchers say before accelerate can be asked."""
+    """Whether this is the main process, the only one that prints; known before accelerate is loaded."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def complain(message: str) -> None:
     """Print why the run ends as one line, once for all processes that a launcher has started on a machine.
 
-    The main process says it, whereupon the launcher ends the others. Where it is on another machine the first of this
-    one does, and any that is left then has failed alone.
+    The main process prints, and then its launcher ends the others. On a machine without it the first process prints;
+    a process that is still there after that has failed alone.
     """
     if not is_main_process():
         time.sleep(LAST_WORDS if os.environ.get("LOCAL_RANK") == "0" else 2 * LAST_WORDS)
@@ -87,14 +86,14 @@ def complain(message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line that an exception has to say, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return printable(lines[0]) if lines else type(error).__name__
 
 
 def run_script(main: Callable[[], None]) -> int:
     """Run a script's `main`; returns the exit status and prints user errors as one line instead of a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: not every terminal has every letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: not every terminal has every letter
     try:
         main()
     except UsageError as error:
@@ -105,7 +104,7 @@ def run_script(main: Callable[[], None]) -> int:
         message = str(error)
     except ModuleNotFoundError as error:
         status = 1
-        message = way_in(error)
+        message = how_to_install(error)
     except KeyboardInterrupt as error:
         if not is_main_process():
             return 130
@@ -117,8 +116,8 @@ def run_script(main: Callable[[], None]) -> int:
     return status
 
 
-def way_in(error: ModuleNotFoundError) -> str:
-    """What to do about a package that this Python lacks. The error itself if the package is this project's own."""
+def how_to_install(error: ModuleNotFoundError) -> str:
+    """How to install a package that this Python lacks. Raises the error if the package is this project's own."""
     package = (error.name or "").split(".")[0]
     if not package or package == __name__.split(".")[0] or (ROOT / f"{package}.py").exists():
         raise error
@@ -128,55 +127,14 @@ def way_in(error: ModuleNotFoundError) -> str:
     return f"{sys.executable} lacks the package {package}: {way}, or `pip install -r requirements.txt` adds them here"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line, and name the flag that a misspelt one may have meant."""
-
-    def parse_args(self, args=None, namespace=None, also: Iterable[str] = ()):
-        """As argparse does; `also` are other flags ("--name") that a misspelt one may have meant."""
-        flags, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [*self.options(), *also]
-            hints = [f"{flag}: did you mean {near}?" for flag in unknown if (near := nearest(flag, known))]
-            self.error("; ".join(["unrecognized arguments: " + " ".join(unknown), *hints]))
-        return flags
-
-    def options(self) -> list[str]:
-        """Every flag, as it is written."""
-        return [name for action in self._actions for name in action.option_strings]
-
-    def error(self, message: str):
-        complain(f"{message} (see python {self.prog} --help)")
-        self.exit(2)
-
-
 def command_line(script: str, *arguments: object) -> str:
-    """How this user calls one of the scripts beside the package, from the folder that they are in."""
+    """The command with which this user runs one of the project's scripts from the current folder."""
     on_path = shutil.which("python")
     python = "python" if on_path and os.path.abspath(on_path) == sys.executable else from_here(sys.executable)
     return shlex.join([python, from_here(ROOT / script), *map(from_here, arguments)])
 
 
 def from_here(path: object) -> str:
-    """A path as it is shown: relative where it lies below the current folder."""
+    """A path as messages show it: relative if it is below the current folder."""
     path = Path(str(path))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def nearest(flag: str, known: Iterable[str]) -> str | None:
-    """The known flag that is most like `flag` ("--name", or "--name=value"), None if none is or this is no flag."""
-    if not flag.startswith("-"):
-        return None
-    name = flag.split("=")[0].lstrip("-").lower().replace("-", "_")
-    names = {one.lstrip("-").lower().replace("-", "_"): one for one in known if one.startswith("--")}
-    near = [one for one in names if name == "".join(word[0] for word in one.split("_"))]  # lr
-    near = near or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
-    near += difflib.get_close_matches(name, names, 1, cutoff=0.8 if near else 0.6)
-    return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
-
-
-def ratio(text: str) -> float:
-    """The type of a flag that takes a compression ratio."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
-    return value

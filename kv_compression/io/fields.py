@@ -1,33 +1,30 @@
-"""What the JSON files of runs, generations and scorers must hold before anything is made of them.
-
-Knows names of fields and what may stand in them; reading is done where a file is used.
-"""
+"""The fields that the JSON files of runs, generations and scores must have, and what each may hold."""
 
 import re
 from collections.abc import Callable
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 COMMIT = re.compile(r"[0-9a-f]{7,64}(\+changes)?")
-MOST = 1.02e304  # e^700 and a little, where perplexities end: thousands of them can be added up
+MOST = 1.02e304  # a little above e^700, the largest perplexity: thousands of them can be summed
 
 
 def is_number(value) -> bool:
-    """Whether this is a number, and no truth value."""
+    """Whether this is a number (and not a boolean)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def number(value) -> float | None:
-    """`value` if it is a number that can be reckoned with, else None."""
+    """`value` if it is a number that one can calculate with, else None."""
     return value if is_number(value) and abs(value) <= MOST else None
 
 
 def is_name(value) -> bool:
-    """Whether this names a method, a preset, a digest."""
+    """Whether this can be the name of a method or preset, or a digest."""
     return isinstance(value, str) and NAME.fullmatch(value) is not None
 
 
 def is_commit(value) -> bool:
-    """Whether this is a commit as `commit.commit_of_project` names it."""
+    """Whether this is a commit as `machine.commit_of_project` names it."""
     return isinstance(value, str) and COMMIT.fullmatch(value) is not None
 
 
@@ -42,34 +39,34 @@ def is_protocol(value) -> bool:
 
 
 def is_object(value) -> bool:
-    """Whether this is an object of JSON."""
+    """Whether this is a JSON object."""
     return isinstance(value, dict)
 
 
 def is_count(value) -> bool:
-    """Whether this is a whole number from 0 on."""
+    """Whether this is an integer of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_counts(value) -> bool:
-    """Whether this holds whole numbers by name."""
+    """Whether this maps names to counts."""
     return is_object(value) and all(map(is_count, value.values()))
 
 
 def is_measured(value) -> bool:
-    """Whether this is a number, or null for one that JSON does not know."""
+    """Whether this is a number, or null, which stands for infinity and NaN."""
     return value is None or is_number(value)
 
 
 def is_estimate(value) -> bool:
-    """Whether this is a mean with its interval."""
+    """Whether this is a mean with its interval, or the same of nulls."""
     if not is_object(value) or value.keys() != {"mean", "low", "high"}:
         return False
     return all(map(is_number, value.values())) or all(part is None for part in value.values())
 
 
 def is_scores_by_document(value) -> bool:
-    """Whether this holds numbers by metric by document."""
+    """Whether this maps documents to metrics to numbers."""
     return is_object(value) and all(
         is_object(found) and all(number(score) is not None for score in found.values()) for found in value.values()
     )
@@ -99,17 +96,17 @@ OF_SCORES: Fields = {
 
 
 def has_all(content, fields: Fields) -> bool:
-    """Whether this is an object with these fields, whatever they hold."""
+    """Whether this is an object that has these fields, whatever they hold."""
     return is_object(content) and all(name in content for name in fields)
 
 
 def wrong(content: dict, needed: Fields, sometimes: Fields | None = None) -> list[str]:
-    """The fields that hold what they must not; `sometimes` are those that may be null or missing."""
+    """The names of the fields with wrong values; those in `sometimes` may be null or missing."""
     found = {name: fits for name, fits in (sometimes or {}).items() if content.get(name) is not None}
     return [name for name, fits in (needed | found).items() if not fits(content.get(name))]
 
 
 def check(content: dict, needed: Fields, sometimes: Fields | None = None) -> None:
-    """ValueError, naming them, if there are `wrong` fields."""
+    """Raise ValueError, naming them, if there are `wrong` fields."""
     if named := ", ".join(wrong(content, needed, sometimes)):
         raise ValueError(f"is damaged: {named}")

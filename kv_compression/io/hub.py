@@ -1,7 +1,4 @@
-"""Talking to the Hugging Face hub: whether it answers, who asks, and a folder's way there.
-
-Knows repositories and names of files; what a folder holds is its maker's business. Whatever goes wrong takes one line.
-"""
+"""The Hugging Face hub: whether it answers, downloads, and uploads of a run's folder. Its errors take one line."""
 
 import re
 from pathlib import Path
@@ -11,7 +8,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from kv_compression.io.errors import RunError, UsageError, one_line
 
-# What others need of a run or an exported model, by its very names: whatever else lies there stays here.
+# The files of a run or an exported model that others need. Only these are uploaded.
 SHARED = ("README.md", "results.json", "adapter_config.json", "adapter_model.safetensors", "config.json")
 SHARED += ("generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors")
 SHARED += ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -20,10 +17,10 @@ LONGEST_NAME = 96
 
 
 def check_hub(name: str, kind: str, instead: str) -> None:
-    """Raise RunError unless the hub answers for a "model" or "dataset"; says nothing where the user works offline.
+    """Raise RunError unless the hub answers for a "model" or "dataset". Does nothing if the user works offline.
 
-    Asked once and briefly: the libraries' own downloads try again for a minute before they give up. `instead` says
-    which flags take something local.
+    It is asked once, with a short timeout: the libraries' downloads retry for a minute before they give up. `instead`
+    names the flags for local files.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
@@ -37,7 +34,7 @@ def check_hub(name: str, kind: str, instead: str) -> None:
 
 
 def fetch(repository: str, name: str, revision: str | None = None) -> Path:
-    """A file of a model's repository, downloaded once. RunError if it is not there or the hub cannot be reached."""
+    """A file of a model's repository, downloaded once. RunError if it does not exist or the hub does not answer."""
     api = huggingface_hub.HfApi()
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -48,18 +45,18 @@ def fetch(repository: str, name: str, revision: str | None = None) -> Path:
 
 
 def snapshot(repository: str, revision: str | None = None) -> str:
-    """The folder with what `SHARED` names of a model's repository. RunError if the hub cannot be reached."""
+    """The folder with the `SHARED` files of a model's repository. RunError if the hub does not answer."""
     try:
         return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(SHARED))
     except Exception as error:
-        raise RunError(f"{repository} cannot be had from the Hugging Face hub ({one_line(error)})") from error
+        raise RunError(f"{repository} could not be downloaded from the Hugging Face hub ({one_line(error)})") from error
 
 
 def destination(asked: str, folder: Path) -> str:
-    """The repository that `folder` goes to, as owner/name: the one `asked` for, or the user's own of that name.
+    """The repository that `folder` is uploaded to, as owner/name; a name without an owner is the user's.
 
-    With "" the folder's name is taken, in letters that the hub allows. UsageError if the name cannot be one; RunError
-    if there is no token, or none that may write, or the hub does not answer.
+    If "" was `asked` for, it is named after the folder, in characters that the hub allows. UsageError if the name is
+    invalid; RunError if there is no token that may write, or the hub does not answer.
     """
     name = asked or repository_name(folder.resolve().name)
     try:
@@ -79,16 +76,16 @@ def destination(asked: str, folder: Path) -> str:
 
 
 def repository_name(text: str) -> str:
-    """`text` in the letters that a repository's name may have: A-Z a-z 0-9 . _ -, no two dots or dashes in a row."""
+    """`text` in the characters of a repository's name: A-Z a-z 0-9 . _ -, no two dots or dashes in a row."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)
     name = re.sub(r"([.-])[.-]+", r"\1", name)[:LONGEST_NAME].strip(".-")
     return name or "run"
 
 
 def push(folder: Path, repository: str, private: bool | None = None) -> str:
-    """Upload what others need of a folder, into a repository that is made if there is none; returns its address.
+    """Upload the `SHARED` files of a folder to a repository, creating it if needed; returns its address.
 
-    RunError if the hub refuses, or cannot be reached.
+    RunError if the hub refuses or does not answer.
     """
     api = huggingface_hub.HfApi()
     try:

@@ -1,7 +1,7 @@
-"""The processes of one launch: which of them this is, and what they do together.
+"""The processes of one launch: which of them this is, and how they share work.
 
-A launch is `accelerate launch`, or a plain call, which has one process. Knows accelerate; what the work is, is the
-callers' business. Whoever calls a function of this module calls it in every process, in the same order.
+A launch is `accelerate launch`, or a plain call, which has one process. Every process must call the functions of this
+module, in the same order.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from kv_compression.io.errors import RunError, UsageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(hours=6)  # of processes that wait for one: a model may have to be downloaded first
-# Linux ends a process whose parent is killed (PR_SET_PDEATHSIG), so that it does not write beside its successor.
+PATIENCE = timedelta(hours=6)  # how long processes wait for another: it may have to download a model
+# Has Linux end a process whose parent was killed (PR_SET_PDEATHSIG): it must not write next to its successor.
 END_WITH_PARENT = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None
 
-# What `accelerate launch` or a configuration file of accelerate may ask for and training here cannot do right.
+# What `accelerate launch` or its configuration file may ask for and training here does not support.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -41,8 +41,8 @@ LAUNCH_WITH = "launch with configs/ddp.yaml or configs/fsdp.yaml"
 def state() -> accelerate.PartialState:
     """This process's number, how many there are, and its device. UsageError for a launch of a kind in `REFUSED`.
 
-    accelerate alone takes every process for the only one where a launch finds no accelerator, unless it is told to
-    use the CPU, and where this is asked before there is an `Accelerator`.
+    Without an accelerator, accelerate would take every process for the only one unless it is set to use the CPU; so it
+    would before an `Accelerator` exists.
     """
     for variable, what in REFUSED.items():
         if os.environ.get(variable, "").lower() not in OFF:
@@ -55,10 +55,10 @@ def state() -> accelerate.PartialState:
 
 
 def accelerator(mixed_precision: str) -> accelerate.Accelerator:
-    """An Accelerator that a run's settings alone decide about. UsageError as `state`, and under FSDP 1.
+    """An Accelerator that depends on a run's settings alone. UsageError as in `state`, and under FSDP 1.
 
-    accelerate's own settings (its environment variables, which its configuration file becomes) would divide gradients
-    by its number of accumulation steps once more, and compile the model with its dynamo backend.
+    accelerate's own settings (environment variables, also set from its configuration file) would divide gradients by
+    its number of accumulation steps a second time, and compile the model with its dynamo backend.
     """
     state()
     found = accelerate.Accelerator(
@@ -72,17 +72,18 @@ def accelerator(mixed_precision: str) -> accelerate.Accelerator:
 
 
 def load_whole_models() -> None:
-    """Have every process load its models as if it were alone.
+    """Make every process load whole models.
 
-    Under FSDP transformers leaves it to the sharding of a model, which only training does, to fill in weights.
+    Under FSDP, transformers fills in weights only when a model is sharded, which only training does.
     """
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def together(work: Callable[..., Result], *arguments, here: bool = True) -> Result | None:
-    """What `work` returns in this process, None unless `here`, once every process has done its part.
+def run_everywhere(work: Callable[..., Result], *arguments, here: bool = True) -> Result | None:
+    """Run `work` in every process and return its result in this one; processes without `here` skip it and get None.
 
-    A UsageError or RunError of one is raised in all of them: none is left waiting for a process that is gone.
+    All wait for the slowest. A UsageError or RunError in one process is raised in all of them, so that none waits for a
+    process that has ended.
     """
     result, failure = None, None
     try:
@@ -93,34 +94,34 @@ def together(work: Callable[..., Result], *arguments, here: bool = True) -> Resu
         if failure is not None:
             raise failure
         return result
-    told = gather_object([failure and (isinstance(failure, UsageError), str(failure))])
-    for usage, message in filter(None, told):
+    failures = gather_object([failure and (isinstance(failure, UsageError), str(failure))])
+    for usage, message in filter(None, failures):
         raise (UsageError if usage else RunError)(message) from failure
     return result
 
 
-def divided(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
-    """What `work` makes of items, a result each, in their order; each process works on every n-th.
+def split_work(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    """The results of `work` for all items, in their order; each of n processes works on every n-th item.
 
-    Fails as `together`.
+    Fails as `run_everywhere`.
     """
     number, every = state().process_index, state().num_processes
     results: list[Result] = [None] * len(items)
-    for first, part in enumerate(gather_object([together(work, items[number::every])])):
+    for first, part in enumerate(gather_object([run_everywhere(work, items[number::every])])):
         results[first::every] = part
     return results
 
 
 def on_main(work: Callable[..., Result], *arguments) -> Result:
-    """What `work` returns in the main process, the only one that does it. Fails as `together`."""
-    return gather_object([together(work, *arguments, here=state().is_main_process)])[0]
+    """Run `work` in the main process alone and return its result everywhere. Fails as `run_everywhere`."""
+    return gather_object([run_everywhere(work, *arguments, here=state().is_main_process)])[0]
 
 
-def one_first(work: Callable[..., Result], *arguments) -> Result:
-    """What `work` returns here, done by one process of a machine before the others, which then find its caches filled.
+def main_first(work: Callable[..., Result], *arguments) -> Result:
+    """Run `work` in each machine's main process, then in its others, which find caches filled; its result here.
 
-    Fails as `together`.
+    Fails as `run_everywhere`.
     """
     first = state().is_local_main_process
-    found = together(work, *arguments, here=first), together(work, *arguments, here=not first)
+    found = run_everywhere(work, *arguments, here=first), run_everywhere(work, *arguments, here=not first)
     return found[0 if first else 1]

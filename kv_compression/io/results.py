@@ -1,4 +1,4 @@
-"""Result files: written whole or not at all, read with care, shown as lines and tables."""
+"""Result files: written whole or not at all, checked when read, shown as lines and tables."""
 
 import json
 import math
@@ -8,30 +8,31 @@ from pathlib import Path
 
 from kv_compression.io import ownership, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line, printable, run_script
-from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all, number
+from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_all
+from kv_compression.io.tables import figure, text_table
 
 RESULTS = "results.json"
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`write_text` of `as_json` of `content`."""
+    """Write an object as a JSON file (see `write_bytes`)."""
     write_text(path, as_json(content))
 
 
 def as_json(content: dict) -> str:
-    """`content` as JSON; numbers that JSON does not know (infinite, not a number) become null."""
+    """An object as JSON; infinity and NaN, which JSON does not have, become null."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of `text` in UTF-8."""
+    """Write a text file in UTF-8 (see `write_bytes`)."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all, where there is none or one that these scripts have written (`ownership`).
+    """Write a file, whole or not at all. It may replace only a file that these scripts have written (`ownership`).
 
-    UsageError if there is anything else, RunError if the disk refuses.
+    UsageError if something else is there, RunError if the disk refuses.
     """
     try:
         ownership.write(path, content)
@@ -50,7 +51,7 @@ def _finite(value):
 
 
 def read_results(folder: Path) -> dict | None:
-    """The results of a finished run in `folder`, None if there are none; RunError if the file is not such results."""
+    """The results of the finished run in `folder`, None if there is no file; RunError if it holds anything else."""
     path = Path(folder) / RESULTS
     try:
         content = strict_json.read(path)
@@ -68,7 +69,7 @@ def read_results(folder: Path) -> dict | None:
 
 
 def results_of_run(folder: str) -> dict:
-    """The results of a finished run of run_clm.py; UsageError if its folder is not one."""
+    """The results of a finished run of run_clm.py; UsageError if the folder is not that of one."""
     results = read_results(Path(folder))
     if results is None:
         raise UsageError(f"--model_dir {folder} is not the output folder of a finished run of run_clm.py")
@@ -78,7 +79,7 @@ def results_of_run(folder: str) -> dict:
 
 
 def summary(results: dict) -> str:
-    """One line on a run: what was measured, then how."""
+    """A run in one line: what was measured, then how."""
     trained = "" if _untrained(results) is None else f" (before fine-tuning {figure(_untrained(results))})"
     trained = " (without fine-tuning)" if results.get("eval_only") else trained
     return (
@@ -91,7 +92,7 @@ def summary(results: dict) -> str:
 
 
 def name_of(run: dict) -> str:
-    """The method of a run, with its recipe where that is not the paper's."""
+    """A run's method, and its recipe if that is not the paper's."""
     recipe = run["settings"].get("recipe", "paper")
     return run["method"] + ("" if recipe == "paper" else printable(f", recipe {recipe}"))
 
@@ -103,6 +104,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "seed": lambda run: str(run["seed"]),
     "removed": lambda run: figure(run["removed_fraction"], 3),
     "attended": lambda run: figure(run.get("attended_fraction"), 3),
+    "kept": lambda run: figure(run.get("kept_keys_mean"), 1),
     "perplexity": lambda run: figure(run["perplexity"]),
     "untrained": lambda run: figure(_untrained(run)),
     "seconds": lambda run: figure(run.get("wall_seconds"), 0),
@@ -110,29 +112,19 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(runs: list[dict]) -> str:
-    """Runs as a plain-text table, a line each; without columns that say nothing here."""
-    columns = [[name, *map(tell, runs)] for name, tell in COLUMNS.items()]
-    alike = {column[0]: column[1] for column in columns if len(set(column[1:])) == 1}
-    idle = {"protocol", "seed"} & alike.keys() | ({"untrained"} if alike.get("untrained") == "-" else set())
-    columns = [column for column in columns if column[0] not in idle]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in zip(*columns)
-    )
+    """Runs as a text table, a line each, without columns that say nothing here."""
+    shown = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
+    alike = {name for name, cells in shown.items() if len(set(cells)) == 1}
+    idle = alike & {"protocol", "seed"} | {name for name in alike & {"kept", "untrained"} if shown[name][0] == "-"}
+    return text_table({name: show for name, show in COLUMNS.items() if name not in idle}, runs)
 
 
 def _untrained(run: dict) -> float | None:
     return (run.get("untrained") or {}).get("perplexity")
 
 
-def figure(value: float | None, digits: int = 2) -> str:
-    """A number with so many decimals, "-" where there is none."""
-    return "-" if number(value) is None else f"{value:.{digits}f}"
-
-
 def main() -> None:
-    """Print the table of the runs whose folders are named on the command line."""
+    """Print a table of the runs in the folders that the command line names."""
     runs = [read_results(Path(folder)) for folder in sys.argv[1:]]
     missing = [folder for folder, run in zip(sys.argv[1:], runs) if run is None]
     if missing:

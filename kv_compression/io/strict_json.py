@@ -1,13 +1,13 @@
-"""JSON that anybody may have written: what is parsed holds nothing that its reader would have to look out for.
+"""Reading JSON that anybody may have written: values that could surprise a reader are refused.
 
-Knows JSON only; which fields a file must have is its reader's business.
+Which fields a file must have is checked by `fields`.
 """
 
 import json
 import math
 from pathlib import Path
 
-DEEPEST = 30  # lists within lists
+DEEPEST = 30  # levels of lists and objects
 INTEGERS = range(-(1 << 63), 1 << 63)
 
 
@@ -19,8 +19,8 @@ def read(path: Path):
 def loads(content: bytes):
     """The value of a JSON text in UTF-8.
 
-    ValueError, in one line, if it is none, or holds a number that is not finite, an integer of more than 64 bits, text
-    that is not Unicode (lone surrogates), or lists within lists beyond all use.
+    ValueError, in one line, if it is not JSON, or holds a number that is not finite, an integer of more than 64 bits, a
+    lone surrogate, or more than `DEEPEST` levels.
     """
     try:
         value = json.loads(content.decode("utf-8-sig"))

@@ -4,6 +4,7 @@
 `NAMES` are the names alone, which need no torch.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -20,3 +21,11 @@ def __getattr__(name: str):
         found[method] = next(rule for rule in rules if isinstance(rule, type) and vars(rule).get("name") == method)
     globals()["METHODS"] = found
     return found
+
+
+def rule_of(settings, cl_id: int, cr_id: int):
+    """The rule of a run's `Settings`, which give the options that the method knows, with these ids of the sentinels."""
+    method = __getattr__("METHODS")[settings.method]
+    given = {"cl_id": cl_id, "cr_id": cr_id, "ratio": settings.bound_ratio}
+    known = [field.name for field in dataclasses.fields(method) if hasattr(settings, field.name)]
+    return method(**{name: getattr(settings, name) for name in known} | given)

@@ -15,6 +15,10 @@ class FullAttention(Rule):
     """
 
     name = "full_attention"
+    label = "full attention"
+    colour = "#000000"
+    marker = "P"
+    card = "Every token sees every earlier one: the baseline that compresses nothing."
 
     def sees(self, tokens: Tokens) -> MaskMod:
         return causal

@@ -46,6 +46,15 @@ class KVCompression(Rule):
     recent_tokens: int = 0
 
     name = "kv_compression"
+    label = "KV compression"
+    colour = "#D55E00"
+    marker = "o"
+    card = (
+        "A span of text is wrapped in two new tokens, `<CL>` (id {cl_id}) and `<CR>` (id {cr_id}). `<CR>` sees its own "
+        "span; later tokens see `<CR>` and never the span again, so that the span's keys and values leave the cache "
+        "and those of `<CR>` stay. The tokenizer here has both tokens. What they do is the mask's doing, not the "
+        "weights': plain transformers takes them for words."
+    )
     uses_sentinels = True
     num_kinds = DROPPED + 1
 

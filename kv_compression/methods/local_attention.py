@@ -24,6 +24,10 @@ class LocalAttention(Rule):
     """
 
     name = "local_attention"
+    label = "local attention"
+    colour = "#0072B2"
+    marker = "s"
+    card = "A token sees the most recent keys only, the share 1 − ratio of those before it."
     sinks = 0
 
     def window(self, queries: Tensor) -> tuple[Tensor, Tensor]:

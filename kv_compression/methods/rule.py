@@ -91,6 +91,9 @@ class Rule:
     position_ids_by_document: bool = False
 
     name = "unnamed"
+    label = "unnamed"  # for readers
+    colour, marker = "#7F7F7F", "h"  # in plots
+    card = ""  # a sentence for a model card, which may name {cl_id} and {cr_id}
     uses_sentinels = False
     num_kinds = NEVER  # what `remember` returns is below this
 
@@ -238,6 +241,12 @@ def rows_of(rule: MaskMod, batch: int, length: int, start: int, device=None) -> 
     for some, part in zip(blocks.split(together), mask.split(together)):
         part.copy_(rule(some, 0, q, k))
     return mask
+
+
+def own_key(new: int, slots: int, device) -> Tensor:
+    """The own key of each of the last `new` tokens among as many `slots`: bool `(new, slots)`."""
+    index = torch.arange(slots, device=device)
+    return index == index[slots - new :, None]
 
 
 def block_mask(rule: MaskMod, batch: int, length: int, device=None):

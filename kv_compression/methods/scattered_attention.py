@@ -26,6 +26,10 @@ class ScatteredAttention(Rule):
     """
 
     name = "scattered_attention"
+    label = "scattered attention"
+    colour = "#009E73"
+    marker = "^"
+    card = "A token sees itself and a random share 1 − ratio of the keys before it."
     num_kinds = UNDRAWN + 1
 
     def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:

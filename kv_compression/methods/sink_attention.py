@@ -32,6 +32,10 @@ class SinkAttention(LocalAttention):
     sink_tokens: int = 0
 
     name = "sink_attention"
+    label = "sink attention"
+    colour = "#CC79A7"
+    marker = "D"
+    card = "A token sees the text's first few keys and the most recent ones, the share 1 − ratio of all."
 
     def __post_init__(self):
         super().__post_init__()

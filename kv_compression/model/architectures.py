@@ -1,12 +1,14 @@
-"""What a model's own attention asks of a patch: the pattern of every layer, and which architectures can be right.
+"""What is asked of a model: its parts, the pattern of every layer, and which architectures a patch can be right for.
 
 `benchmarks/architectures.py` builds every causal language model of transformers at tiny size and checks both: its table
 is docs/architectures.md.
 """
 
 import inspect
+import re
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kv_compression.methods.rule import MaskMod
@@ -16,16 +18,18 @@ from kv_compression.methods.rule import MaskMod
 RIGHT = set(
     """
     afmoe apertus arcee aria_text axk1 beam biogpt bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text
-    ctrl cwm deepseek_v2 deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon
-    flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe
-    glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
-    internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text longcat_flash mellum
-    mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama nanochat
-    nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3
-    qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xglm youtu
+    ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 emu3 emu3_text_model ernie4_5 ernie4_5_moe exaone4
+    exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm
+    glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text
+    longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+    mixtral mllama mllama_text_model nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma whisper xglm youtu
     """.split()  # noqa: SIM905 (a line of names reads better)
 )
+ALIBI = "ALiBi takes distances from a key's place in the cache"
 INDEXED = "its layers pick keys by content, from an index of their own that no key leaves"
 CONVOLVES = "its layers mix neighbouring tokens by convolution, whatever a mask hides"
 ENCODER = "it is an encoder"
@@ -46,11 +50,14 @@ WRONG = {
     "deepseek_v4": "it compresses its keys itself, in blocks by their place",
     "doge": "it chooses keys by content, beside the mask",
     "moshi": "its configuration names a window that it does not use",
+    **dict.fromkeys(("bloom", "mpt"), ALIBI),
     "gpt_neo": "its local layers cut by a key's place in the cache",
 }
+# What the classes of layers that keep no keys are called.
+RECURRENT = "Mamba|Mixer$|DeltaNet|DeltaAttention|Rwkv|RWKV|xLSTM|Rglru|Lightning|LinearAttention"
 # Options of a configuration that make any architecture wrong.
 OPTIONS = (
-    ("alibi", True, "ALiBi takes distances from a key's place in the cache"),
+    ("alibi", True, ALIBI),
     ("is_causal", False, "its tokens see later ones"),
     ("use_bidirectional_attention", True, "its tokens see later ones"),
     ("attn_temperature_tuning", True, "it scales queries by their place in the cache (attn_temperature_tuning)"),
@@ -108,6 +115,9 @@ def check_architecture(model: nn.Module, decoder: nn.Module) -> None:
         if config.model_type in WRONG:
             raise refusal(config.model_type, WRONG[config.model_type])
     name = decoder.config.model_type
+    layers = {type(module).__name__ for module in decoder.modules()}
+    if any(re.search(RECURRENT, layer) for layer in layers):
+        raise refusal(name, "its layers keep a recurrent state in place of keys")
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise refusal(name, "its decoder takes no position_ids: they come from the cache's length")
     for option, value, reason in OPTIONS:
@@ -133,3 +143,29 @@ def positions_of(config) -> int | None:
 def refusal(model_type: str, reason: str) -> ValueError:
     """The error that names an architecture and why it cannot be patched."""
     return ValueError(f"{model_type} cannot be patched: {reason}")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
+    return causal_lm_of(model).get_decoder()
+
+
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself: what a peft model wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which token ids belong: the one where the input embedding is computed.
+
+    accelerate's hooks say so for a model that is offloaded or spread over devices (`device_map`): its weights may lie
+    on "meta" until they are needed.
+    """
+    embedding = causal_lm_of(model).get_input_embeddings()
+    for module in embedding.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    parameters = (*embedding.parameters(), *model.parameters())
+    return next((each.device for each in parameters if not each.is_meta), parameters[0].device)

@@ -20,11 +20,17 @@ from transformers.masking_utils import eager_mask, flex_attention_mask
 
 from kv_compression.io.errors import UsageError
 from kv_compression.methods.kv_compression import KVCompression
-from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order
+from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order, own_key
 from kv_compression.methods.sentinels import count_text
-from kv_compression.model.architectures import Pattern, check_architecture, patterns_of, positions_of
-from kv_compression.model.cache import SentinelCache, own_key
-from kv_compression.model.parts import causal_lm_of, decoder_of
+from kv_compression.model.architectures import (
+    Pattern,
+    causal_lm_of,
+    check_architecture,
+    decoder_of,
+    patterns_of,
+    positions_of,
+)
+from kv_compression.model.cache import SentinelCache
 
 
 def grouped_attention(
@@ -121,7 +127,7 @@ class Patch:
         if isinstance(cache, SentinelCache):
             if not cache.rule.same_as(self.rule):
                 raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
-            check_positions(decoder, cache.tokens_read + input_ids.shape[1], lambda: cache.text_after(input_ids))
+            check_positions(decoder, cache.get_seq_length() + input_ids.shape[1], lambda: cache.text_after(input_ids))
             seen, positions = cache.admit(decoder, input_ids, padding)
             kwargs["position_ids"] = positions
             kwargs["attention_mask"] = self._layer_masks(

@@ -6,25 +6,19 @@ later token can see, in all layers. Which these are is the `visibility.Rule`'s t
 """
 
 import copy
-import itertools
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kv_compression.io.errors import RunError, UsageError, one_line
-from kv_compression.io.fields import is_count
-from kv_compression.io.tensor_files import read_tensors, write_tensors
-from kv_compression.methods import METHODS
+from kv_compression.io.errors import UsageError
 from kv_compression.methods.kv_compression import CL, CR, DROPPED, TEXT, KVCompression
-from kv_compression.methods.rule import NEVER, History, Rule, Tokens, rows_of
-from kv_compression.model.parts import decoder_of
+from kv_compression.methods.rule import History, Rule, Tokens, own_key, rows_of
+from kv_compression.model.architectures import decoder_of
 
-FORMAT = "kv_compression.SentinelCache 4"
 PER_SLOT = ("kinds", "positions", "visible_from", "real")  # tensors (batch, slots)
 PER_ROW = ("text_read", "real_read", "digest", "began", "fingerprint")  # tensors (batch,)
 
@@ -96,7 +90,7 @@ class SentinelCache(Cache):
         self._skips_settling = False
         self._fold = None  # the order of the slots in which a fold reads
         self._admitted = False
-        self._repeatable = False
+        self.repeats_rows = False
 
     def __repr__(self) -> str:
         return f"SentinelCache({self.rule.name}, length={self.length}, logical_length={self.logical_length})"
@@ -109,15 +103,15 @@ class SentinelCache(Cache):
         """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
 
-    @property
-    def tokens_read(self) -> int:
-        """Tokens read so far, sentinels and padding included."""
-        return self._tokens_read
-
     def text_after(self, input_ids: Tensor) -> int:
         """Text tokens of the longest row once tokens `(batch, new)` have been read, if none of them is padding."""
         read = self.rule.text(input_ids).sum(-1)
         return int((read if self.text_read is None else self.text_read + read).max())
+
+    def resume(self, tokens_read: int) -> None:
+        """Continue where a saved cache was, once its tensors are here."""
+        self._tokens_read = tokens_read
+        self._is_quiet = self._sees_all()
 
     @property
     def slots(self) -> int:
@@ -177,7 +171,7 @@ class SentinelCache(Cache):
         kinds, history = self.rule.remember(input_ids, real, self._history)
         self.digest, self.began = history.digest, history.began
         self._note(kinds, positions, real)
-        self.fingerprint = self.fingerprint + _fingerprint(input_ids, positions, text)
+        self.fingerprint = self.fingerprint + fingerprint_of(input_ids, positions, text)
         self.text_read = self.text_read + text.sum(-1)
         self.real_read = self.real_read + real.sum(-1)
         self._tokens_read += new
@@ -408,36 +402,19 @@ class SentinelCache(Cache):
 
         Raises ValueError if rows or shapes do not fit.
         """
-        if isinstance(input_ids, Mapping):
-            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-            input_ids = input_ids["input_ids"]
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            raise ValueError('new tokens are a tensor (batch, new): call the tokenizer with return_tensors="pt"')
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
-        if real.shape != input_ids.shape:
-            raise ValueError(f"attention_mask is {tuple(real.shape)}, the new tokens are {tuple(input_ids.shape)}")
-        if not bool(real.any(-1).all()) or not input_ids.numel():
-            raise ValueError("give every row at least one new token: the cache keeps no scores for what it has read")
-        rows = len(self.kinds) if self.slots else len(input_ids)
-        if rows not in (1, len(input_ids)):
-            raise ValueError(f"the cache holds {rows} rows, but {len(input_ids)} were given")
-        to_the_left = real.argsort(dim=-1, stable=True)
-        read = real.new_ones(len(input_ids), self.get_seq_length())
+        from kv_compression.model import following
+
+        return following.inputs_after(self, input_ids, attention_mask)
+
+    def copy(self) -> "SentinelCache":
+        """A cache that reads on by itself; the keys are shared, as no key ever changes."""
         own = copy.copy(self)
         own.layers = [copy.copy(layer) for layer in self.layers]
-        own._repeatable = True
-        inputs = {
-            "input_ids": input_ids.gather(1, to_the_left),
-            "attention_mask": torch.cat([read, real.gather(1, to_the_left)], dim=1),
-            "past_key_values": own,
-        }
-        if self.rule.uses_sentinels:
-            inputs["suppress_tokens"] = [self.rule.cl_id, self.rule.cr_id]
-        return inputs
+        return own
 
     def _fit_rows(self, batch: int) -> None:
         """Repeat a followed copy's rows as `generate` has repeated its inputs; ValueError if other rows are given."""
-        rows, repeatable, self._repeatable = len(self.kinds), self._repeatable, False
+        rows, repeatable, self.repeats_rows = len(self.kinds), self.repeats_rows, False
         if rows == batch:
             return
         if not repeatable or batch % rows:
@@ -447,117 +424,18 @@ class SentinelCache(Cache):
             )
         self.batch_repeat_interleave(batch // rows)
 
-    def refuse_misreading(self, input_ids: Tensor, attention_mask: Tensor | None, slices: bool = True) -> None:
-        """ValueError unless `generate` will read just what is new of these tokens `(batch, length)`.
-
-        transformers takes them for new where the mask is longer by what the cache has read (see `followed_by`). Else
-        it takes them for all that was read and more, and cuts off as many as were read, whatever they are: they must
-        begin with what was read. `slices` is False where it does not cut, in assisted generation.
-        """
-        read, length = self.get_seq_length(), input_ids.shape[1]
-        masked = length if attention_mask is None else attention_mask.shape[1]
-        if not read or masked == read + length:
-            return
-        if slices and masked == length > read and len(input_ids) == len(self.kinds):
-            ids, real = (part if part is None else part[:, :read] for part in (input_ids, attention_mask))
-            text = self.rule.text(ids, real)
-            found = _fingerprint(ids, text.cumsum(-1) - 1, text).to(self.fingerprint.device)
-            if torch.equal(found, self.fingerprint) and text.sum(-1).tolist() == self.text_read.tolist():
-                return
-        raise ValueError(
-            f"the cache has read {read} tokens already, and cannot tell what is new of these {length}: give generate "
-            "the new tokens alone, model.generate(**cache.followed_by(new_tokens))"
-        )
-
     def save(self, path) -> None:
         """Write the cache to a safetensors file, to read it back with `load` under the same model."""
-        tensors = {
-            name: getattr(self, name).contiguous() for name in PER_SLOT + PER_ROW if getattr(self, name) is not None
-        }
-        for number, layer in enumerate(self.layers):
-            if layer.is_initialized:
-                tensors[f"keys.{number}"] = layer.keys.contiguous()
-                tensors[f"values.{number}"] = layer.values.contiguous()
-        options = asdict(self.rule) | {"ratio": float(self.rule.ratio)}
-        note = {"format": FORMAT, "rule": self.rule.name, "options": options, "tokens_read": self._tokens_read}
-        try:
-            write_tensors(Path(path), tensors, note)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        from kv_compression.model import saving
+
+        saving.save(self, Path(path))
 
     @classmethod
     def load(cls, path, device="cpu") -> "SentinelCache":
         """Read a cache that `save` wrote. RunError if the file is missing, damaged or something else."""
-        if not Path(path).is_file():
-            raise RunError(f"{path}: no such file")
-        tensors, note = read_tensors(Path(path)) or ({}, None)
-        if not isinstance(note, dict) or note.get("format") != FORMAT:
-            raise RunError(f"{path} is damaged, or not a saved SentinelCache of this version")
-        try:
-            cache = cls(rule=_rule_of(note))
-            cache._restore({name: tensor.to(device) for name, tensor in tensors.items()}, note.get("tokens_read"))
-        except ValueError as error:
-            raise RunError(f"{path} cannot be read as a saved SentinelCache: {one_line(error)}") from error
-        return cache
+        from kv_compression.model import saving
 
-    def _restore(self, tensors: dict[str, Tensor], tokens_read: int) -> None:
-        """Take over what was saved; ValueError if its parts are not of one cache."""
-        if not is_count(tokens_read) or tokens_read >= NEVER:
-            raise ValueError(f"tokens_read is {tokens_read}")
-        if not tensors and not tokens_read:
-            return
-        layers = range((len(tensors) - len(PER_SLOT + PER_ROW)) // 2)
-        states = [(f"keys.{number}", f"values.{number}") for number in layers]
-        if not states or tensors.keys() != {*PER_SLOT, *PER_ROW, *itertools.chain(*states)}:
-            raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
-        batch, slots = (*tensors["kinds"].shape, 0, 0)[:2]
-        for name in PER_SLOT + PER_ROW:
-            shape = (batch, slots) if name in PER_SLOT else (batch,)
-            dtype = torch.bool if name in ("real", "began") else torch.long
-            if not batch or tensors[name].shape != shape or tensors[name].dtype != dtype:
-                raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)} instead of {shape}")
-            setattr(self, name, tensors[name])
-        of_states = tensors["keys.0"].dtype
-        for keys, values in ((tensors[keys], tensors[values]) for keys, values in states):
-            if keys.dtype != of_states or values.dtype != of_states or not of_states.is_floating_point:
-                raise ValueError(f"keys are {keys.dtype}, values {values.dtype}, others {of_states}")
-            for part in (keys, values):  # latent attention has values of another width
-                if part.dim() != 4 or part.shape[::2] != (batch, slots) or 0 in part.shape[1::2]:
-                    raise ValueError(f"keys or values of {tuple(part.shape)} for {batch} rows of {slots} slots")
-            if keys.shape[1] != values.shape[1]:
-                raise ValueError(f"keys have {keys.shape[1]} heads, values {values.shape[1]}")
-            layer = SentinelLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            self.layers.append(layer)
-        padded = torch.arange(slots, device=self.real.device) >= self.lengths[:, None]
-        in_range = {
-            "real": (self.real != padded) & self.real.any(0),
-            "kinds": (self.kinds >= 0) & (self.kinds < self.rule.num_kinds),
-            "positions": (self.positions >= 0) & (self.positions < self.text_read[:, None].clamp(min=1)),
-            "visible_from": (self.visible_from >= 0) & (self.visible_from <= 2 * NEVER),
-            "text_read": (self.text_read >= 0) & (self.text_read <= tokens_read),
-            "real_read": (self.real_read >= self.text_read) & (self.real_read <= tokens_read),
-        }
-        wrong = [name for name, fits in in_range.items() if not bool(fits.all())]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} cannot be what a model has read")
-        self._tokens_read = tokens_read
-        self._is_quiet = self._sees_all()
-
-
-def _rule_of(note: dict) -> Rule:
-    """The rule that a saved cache's note tells of; ValueError if there is no such rule."""
-    name, options = note.get("rule"), note.get("options")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError("its rule is unknown")
-    plain = asdict(METHODS[name]())
-    if not isinstance(options, dict) or options.keys() != plain.keys():
-        raise ValueError("its rule has other options")
-    for option, value in options.items():
-        if type(value) is not type(plain[option]) or (isinstance(value, int) and not -1 <= value < 1 << 32):
-            raise ValueError(f"{option} is {value}")
-    return METHODS[name](**options)
+        return saving.load(Path(path), device)
 
 
 def _reordered(tokens: Tokens, order: Tensor) -> Tokens:
@@ -565,13 +443,7 @@ def _reordered(tokens: Tokens, order: Tensor) -> Tokens:
     return Tokens(*(part.gather(-1, order) for part in tokens[:4]), tokens.bound)
 
 
-def _fingerprint(input_ids: Tensor, positions: Tensor, text: Tensor) -> Tensor:
+def fingerprint_of(input_ids: Tensor, positions: Tensor, text: Tensor) -> Tensor:
     """A number for the text tokens at these positions, long `(batch,)`: those of pieces add up to the whole text's."""
     mixed = (input_ids + 1) * 0x1E3779B97F4A7C15 ^ (positions + 1) * 0x3F58476D1CE4E5B9
     return ((mixed ^ (mixed >> 29)) * 0x14D049BB133111EB * text).sum(-1)
-
-
-def own_key(new: int, slots: int, device) -> Tensor:
-    """Every new token's own key: bool `(new, slots)`."""
-    index = torch.arange(slots, device=device)
-    return index == index[slots - new :, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from kv_compression.methods.sentinels import IGNORED
-from kv_compression.model.parts import causal_lm_of, decoder_of, input_device
+from kv_compression.model.architectures import causal_lm_of, decoder_of, input_device
 
 SCORES_AT_ONCE = 1 << 26  # tokens times vocabulary
 SCORES_AT_ONCE_ON_CPU = 1 << 23  # little enough to stay near the processor

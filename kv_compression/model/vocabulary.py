@@ -114,6 +114,28 @@ def make_room(model, cl_id: int, cr_id: int) -> bool:
     return True
 
 
+def restore_rows(model, cl_id: int, cr_id: int, merged: bool) -> None:
+    """Give a model's embeddings the rows for <CL> and <CR> that it had in its run.
+
+    The adapter holds what they have learnt: in the input embedding, and in the output embedding where the two are
+    tied. An output embedding of its own keeps its initial rows, which no adapter holds. `merged` weights hold
+    everything. Rows that were set before are left alone.
+    """
+    ids = (cl_id, cr_id)
+    unset = unset_rows(model, *ids)
+    if not unset:
+        return
+    refuse_unwritable(model)
+    grown = make_room(model, *ids)
+    embedding, head = (plain(part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if grown:
+        start_at_mean(embedding, unset, ids)
+    own_head = head is not None and head.weight is not embedding.weight
+    if own_head and not merged:
+        start_at_mean(head, unset, ids)
+    mark_rows(model, *ids)
+
+
 @torch.no_grad()
 def start_at_mean(embedding, rows: list[int], sentinels: tuple[int, int]) -> None:
     """Set these rows of an embedding to the mean of the rows in use. Repeating it on tied weights changes nothing.

@@ -1,36 +1,42 @@
-"""What runs and scorers have left below a folder: collected, and sorted into what may be compared.
+"""The results and scores below a folder: found, read with care, and sorted into what may be compared.
 
-Reads `results.json` and `scores.json` as the scripts write them, whatever a file is called. Runs are compared within a
-group of equal settings only.
+A run is a row of its group's table, a scored file a row of its set's. Runs are compared within a group of equal
+settings only, scores within a set of the same documents, scorers and generation only.
 """
 
+import dataclasses
 import json
 import math
 import os
-import statistics
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from kv_compression.generation.records import scores_path
 from kv_compression.io import fields, strict_json
 from kv_compression.io.errors import UsageError, one_line, printable
 from kv_compression.io.fields import number
-from kv_compression.reporting.plotting import label
+from kv_compression.methods import METHODS
+from kv_compression.methods.rule import Rule
+from kv_compression.methods.sink_attention import SINKS
 
 FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
-CLAIMED = ("local_attention", "scattered_attention")  # the published claim says nothing of sinks
-BASELINES = (*CLAIMED, SINK)
-METHODS = (FULL, KV, *BASELINES)
+CLAIMED = ("local_attention", "scattered_attention")  # the baselines that the published claim names
+BASELINES = (*CLAIMED, *(name for name in METHODS if name not in (FULL, KV, *CLAIMED)))
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 GRID = tuple(tenths / 10 for tenths in range(1, 10))
-PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and what a comparison within each is called
+PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and the name of a comparison within each
 METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
+OF_A_MEASUREMENT = (
+    *("perplexity", "nll", "nll_per_token", "nll_per_batch", "num_targets", "num_blocks", "removed_fraction"),
+    *("attended_fraction", "kept_keys_mean", "kept_keys_max", "tokens_per_second", "wall_seconds"),
+)
 
 UNTUNED = "not fine-tuned"
-# Settings that make a variant of a method: what the plain method has, and how another value is told.
+# Settings that make a variant of a method: the plain method's value, and the words for any other.
 VARIANTS = {
     "sink_tokens": (0, "sinks {}"),
     "cr_tokens": (1, "{} CR tokens"),
@@ -39,86 +45,34 @@ VARIANTS = {
     "distill_weight": (0, "distilled {}"),
     "sentinel_learning_rate": (None, "sentinel learning rate {}"),
     "span_sampler": ("random", "{} sampler"),
-    "span_unit": ("token", "by {}"),
+    "span_unit": ("token", "{}"),
     "spacy_model": (None, "{}"),
     "max_span_length": (25, "spans to {}"),
     "fixed_spans": (False, "spans drawn {}"),
     "eval_only": (False, UNTUNED),
 }
-# Settings of these that a sweep may give to all methods: then they make groups.
+# Options that a method's class defines: their names and defaults.
+OPTIONS = {
+    method: {own.name: own.default for own in dataclasses.fields(rule) if own.name not in Rule.__dataclass_fields__}
+    for method, rule in METHODS.items()
+}
+for _name, _default in (option for own in OPTIONS.values() for option in own.items()):
+    VARIANTS.setdefault(_name, (_default, _name.replace("_", " ") + " {}"))
+SPACY_MODEL = "en_core_web_sm"  # the usual parser, whoever packaged it
+# Variants' settings that a sweep may give to all methods: then they make groups.
 OF_A_SWEEP = {name: VARIANTS[name][0] for name in ("distill_weight", "max_span_length", "fixed_spans")}
 PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
-PLAIN_SINKS = (0, 4)  # sink attention always has sinks: 4 unless told otherwise
-# Settings in which runs of one group may differ. All others make groups. A recipe is a name for other settings.
+# Settings in which the runs of one group may differ. All others make groups. A recipe is a name for other settings.
 OF_A_RUN = {
     *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "output_dir"),
     *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
     *VARIANTS,
 }
 OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "seed")
-# Other programs' files that lie beside results, and files of these scripts that are no results.
+# Other programs' files that lie beside results, and files of these scripts that are not results.
 NOT_RESULTS = ("*config.json", "*token*.json", "vocab.json", "merges.json", "*.index.json", "*.about.json")
-NOT_RESULTS += ("untrained.json",)  # of a run that goes on
-
-
-class File:
-    """One file of results or scores: `path` is relative to the folder that was searched."""
-
-    path: str
-    content: dict
-
-    @property
-    def method(self) -> str:
-        return self.content["method"]
-
-    @property
-    def ratio(self) -> float:
-        return self.content["bound_ratio"]
-
-    @property
-    def protocol(self) -> str:
-        return self.content["protocol"]
-
-    @property
-    def has_sentinels(self) -> bool:
-        """Whether the protocol changes more than the average."""
-        return self.method == KV or bool(self.content.get("sentinels"))
-
-
-@dataclass(frozen=True)
-class Run(File):
-    """One results.json."""
-
-    path: str
-    content: dict
-    variant: str  # "" for the plain method
-
-    @property
-    def seed(self) -> int:
-        return self.content["seed"]
-
-    def nll(self, protocol: str, part: str | None = None) -> float | None:
-        """Nats per token as `protocol` averages, of the run or of one `part` ("untrained"), None if not recorded."""
-        measured = self.content if part is None else self.content.get(part)
-        if not isinstance(measured, dict):
-            return None
-        value = _nats(measured.get("nll_per_batch" if protocol == "paper" else "nll_per_token"))
-        if value is not None or self.protocol != protocol:
-            return value
-        value, found = _nats(measured.get("nll")), number(measured.get("perplexity"))
-        return math.log(found) if value is None and found and found >= 1 else value
-
-
-@dataclass(frozen=True)
-class Score(File):
-    """One scores.json. Which run it is of is known where results.json lies beside it."""
-
-    path: str
-    content: dict
-    variant: str
-    seed: int | None
-    made: tuple  # what has to be equal for two to be compared
-    compress_generated: bool | None = None  # None for methods that drop by their rule whatever they read
+NOT_RESULTS += ("untrained.json",)  # of a run that is not finished
+NO_SEED = -1  # of scores without a run beside them
 
 
 @dataclass
@@ -126,15 +80,11 @@ class Group:
     """Runs that differ in method, ratio, protocol, seed and variant only; `settings` are those of the plain ones."""
 
     settings: dict
-    runs: list[Run] = field(default_factory=list)
+    runs: pd.DataFrame
 
     @property
     def protocols(self) -> list[str]:
-        return [name for name in PROTOCOLS if any(run.protocol == name for run in self.runs)]
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({run.seed for run in self.runs})
+        return [name for name in PROTOCOLS if (self.runs.protocol == name).any()]
 
     @property
     def model(self) -> str:
@@ -149,97 +99,48 @@ class Group:
         return " → ".join(files) or str(name)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method, variant and ratio: its runs by seed, under one protocol's average."""
+@dataclass
+class Scores:
+    """Scored files that may be compared: how all of them were `made`, the number of their group of runs, a row each."""
 
-    method: str
-    variant: str
-    ratio: float
-    averaging: str
-    runs: dict[int, Run]
-
-    @cached_property
-    def nlls(self) -> dict[int, float]:
-        return {seed: run.nll(self.averaging) for seed, run in self.runs.items()}
-
-    @property
-    def perplexities(self) -> list[float]:
-        return [perplexity(nll) for nll in self.nlls.values()]
-
-    @property
-    def name(self) -> str:
-        """What its curve is called."""
-        method = "" if self.method == KV and self.variant else label(self.method)
-        return ", ".join(filter(None, [method, self.variant, self.foreign and "protocol paper"]))
-
-    @property
-    def first(self) -> Run:
-        """The run of the first seed."""
-        return next(iter(self.runs.values()))
-
-    @property
-    def foreign(self) -> bool:
-        """Whether these are runs of `paper` averaged as in `matched`."""
-        return self.first.has_sentinels and self.first.protocol != self.averaging
-
-    @property
-    def fine_tuned(self) -> bool:
-        return not self.first.content.get("eval_only")
-
-    def recorded(self, name: str) -> list[float]:
-        """What the runs recorded under `name`, as far as they did."""
-        return [value for run in self.runs.values() if (value := number(run.content.get(name))) is not None]
-
-    def mean(self, name: str) -> float | None:
-        """The mean over seeds of what the runs recorded under `name`."""
-        return mean(self.recorded(name))
+    made: dict
+    group: int | None
+    rows: pd.DataFrame
 
 
 @dataclass
 class Found:
-    """All that a folder holds, sorted, each thing once."""
+    """Everything that a folder holds, each thing once."""
 
     groups: list[Group] = field(default_factory=list)
-    scores: list[list[Score]] = field(default_factory=list)  # comparable ones together
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    duplicates: list[tuple[str, str]] = field(default_factory=list)  # path and the file that is used
     unscored: list[str] = field(default_factory=list)  # continuations without scores beside them
 
     def summary(self) -> str:
         """What was found, in one line."""
         runs = sum(len(group.runs) for group in self.groups)
-        scores = len({score.path for some in self.scores for score in some})
+        scored = len({path for scores in self.scores for path in scores.rows.path})
         groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
         return (
-            f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scores} scored "
-            f"file{'s' * (scores != 1)}, {len(self.duplicates)} duplicate, {len(self.unreadable)} unreadable"
+            f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scored} scored "
+            f"file{'s' * (scored != 1)}, {len(self.duplicates)} duplicate, {len(self.unreadable)} unreadable"
         )
 
 
-def _nats(value) -> float | None:
-    """`value` if it is a negative log-likelihood, else None."""
-    return value if number(value) is not None and value >= 0 else None
+def label(method: str) -> str:
+    """A method's name for readers."""
+    return METHODS[method].label if method in METHODS else method.replace("_", " ")
 
 
-def perplexity(nll: float) -> float:
-    """exp(nll), kept within what a float holds."""
-    return math.exp(min(nll, 700))
-
-
-def mean(values: Iterable[float]) -> float | None:
-    """The mean, None of nothing."""
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation, None of fewer than two."""
-    return statistics.stdev(values) if len(values) > 1 else None
+def uses_sentinels(content: dict) -> bool:
+    """Whether the protocol changes more about a run than how its perplexity is averaged."""
+    return getattr(METHODS.get(content["method"]), "uses_sentinels", False) or bool(content.get("sentinels"))
 
 
 def collect(folder: Path) -> Found:
-    """Everything below `folder` that a run or a scorer has left. UsageError if there is no such thing."""
+    """Everything below `folder` that runs and scorers have left. UsageError if there is nothing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
@@ -272,7 +173,7 @@ def _shown(path: Path) -> str:
 
 
 def _read(path: Path) -> dict:
-    """What a file holds if it is results or scores; ValueError, with what is wrong, if not."""
+    """The content of a file of results or scores; ValueError, with what is wrong, if it is neither."""
     try:
         content = strict_json.read(path)
     except OSError as error:
@@ -288,39 +189,39 @@ def _read(path: Path) -> dict:
     return content | {"bound_ratio": round(content["bound_ratio"], 6)}
 
 
-def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, Run]]:
-    """Sort runs into groups; returns every run and its group's number by path, duplicates among them.
+def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, dict]]:
+    """Sort runs into groups; returns by path the number of every run's group and its row, also for duplicates.
 
-    A run of KV compression belongs to the methods that were given the same settings of a sweep. Where there are none,
-    it is a variant beside those with other settings.
+    A run of KV compression joins the methods that a sweep gave the same settings. Without such methods it is a variant
+    beside those with other settings.
     """
     given: dict[str, set[str]] = {}
     for content in contents.values():
         if content["method"] != KV:
             given.setdefault(_shared(content), set()).add(_of_its_sweep(content))
-    keys: dict[tuple, int] = {}
+    groups: dict[tuple, list[dict]] = {}
     first: dict[tuple, str] = {}
     where = {}
     for path, content in contents.items():
         shared, own = _shared(content), _of_its_sweep(content)
         known = given.get(shared) or {PLAIN_SWEEP}
         sweep = own if own in known else min(known, key=lambda one: (one != PLAIN_SWEEP, one))
-        group = keys.setdefault((shared, sweep), len(keys))
-        if group == len(found.groups):
-            settings = json.loads(shared) | json.loads(sweep)
-            found.groups.append(Group({name: value for name, value in sorted(settings.items()) if value}))
-        run = Run(path, content, variant_of(content, json.loads(sweep)))
-        where[path] = (group, run)
-        same = (group, run.method, run.ratio, run.protocol, run.seed, run.variant)
+        row = row_of(path, content, json.loads(sweep))
+        rows = groups.setdefault((shared, sweep), [])
+        where[path] = (list(groups).index((shared, sweep)), row | {"settings": content["settings"]})
+        same = (shared, sweep, *(row[name] for name in ("method", "ratio", "protocol", "seed", "variant")))
         if first.setdefault(same, path) == path:
-            found.groups[group].runs.append(run)
+            rows.append(row)
         else:
             found.duplicates.append((path, first[same]))
+    for (shared, sweep), rows in groups.items():
+        settings = {name: value for name, value in sorted((json.loads(shared) | json.loads(sweep)).items()) if value}
+        found.groups.append(Group(settings, _numbered(pd.DataFrame(rows))))
     return where
 
 
 def _shared(content: dict) -> str:
-    """The settings that all runs of a group share, as JSON. What an older version did not know was off, one or auto."""
+    """The settings that all runs of a group share, as JSON. Settings that an older version lacked were off."""
     settings = {"num_processes": 1} | content["settings"]
     if settings.get("documents") == "auto":
         settings["documents"] = None
@@ -328,50 +229,108 @@ def _shared(content: dict) -> str:
 
 
 def _of_its_sweep(content: dict) -> str:
-    """A run's settings of `OF_A_SWEEP`, as JSON. The protocol paper draws spans once, whatever the sweep was told."""
+    """A run's settings of `OF_A_SWEEP`, as JSON. The protocol paper draws spans once, whatever the settings say."""
     found = {name: content["settings"].get(name) or plain for name, plain in OF_A_SWEEP.items()}
     return json.dumps(found | {"fixed_spans": content["protocol"] == "matched" and bool(found["fixed_spans"])})
 
 
+def row_of(path: str, content: dict, sweep: dict = OF_A_SWEEP) -> dict:
+    """One results.json as a row; `sweep` holds what its whole group was given.
+
+    `nats_…` and `untrained_…` are nats per token as each protocol averages them, NaN if they were not recorded.
+    """
+    hashes = content.get("blocks_sha256")
+    row = {"path": path, "method": content["method"], "variant": variant_of(content, sweep)}
+    row |= {"ratio": content["bound_ratio"], "protocol": content["protocol"], "seed": content["seed"]}
+    row |= {name: _float(content.get(name)) for name in OF_A_MEASUREMENT}
+    row["device"] = printable(str(content.get("device") or ""))
+    row |= {"fine_tuned": not content.get("eval_only"), "sentinels": uses_sentinels(content)}
+    for protocol in PROTOCOLS:
+        row[f"nats_{protocol}"] = _nats(content, content["protocol"], protocol)
+        row[f"untrained_{protocol}"] = _nats(content.get("untrained"), content["protocol"], protocol)
+    row["trained_blocks"] = trained_blocks(content)
+    row["test_text"] = str(hashes.get("test")) if isinstance(hashes, dict) else None
+    return row
+
+
+def _float(value) -> float:
+    return math.nan if number(value) is None else float(value)
+
+
+def _nats(measured: dict | None, protocol: str, averaging: str) -> float:
+    """Nats per token as `averaging` averages them, from what a run of `protocol` measured; NaN if unknown."""
+    if not isinstance(measured, dict):
+        return math.nan
+    value = _float(measured.get("nll_per_batch" if averaging == "paper" else "nll_per_token"))
+    if not value >= 0 and protocol == averaging:
+        value, perplexity = _float(measured.get("nll")), _float(measured.get("perplexity"))
+        if not value >= 0 and perplexity >= 1:
+            return math.log(perplexity)
+    return value if value >= 0 else math.nan
+
+
+def trained_blocks(content: dict) -> float:
+    """The blocks of 256 tokens that a run has trained on, counted as often as they were seen; NaN if unknown."""
+    training, settings = content.get("training"), {"num_processes": 1} | content["settings"]
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "block_size")
+    steps = training.get("steps") if isinstance(training, dict) else None
+    return math.prod(map(_float, [steps, *(settings.get(name) for name in names)])) / 256
+
+
+def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a number, for tables and plots, for each fine-tuned variant of KV compression at a ratio."""
+    nats = runs.nats_matched.where(runs.protocol == "matched", runs.nats_paper)
+    counted = runs[(runs.method == KV) & (runs.variant != "") & runs.fine_tuned & nats.notna()]
+    return runs.assign(number=counted.groupby(["protocol", "variant", "ratio"]).ngroup() + 1)
+
+
 def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
-    """How a run differs from the plain method in words, "" if it does not; `sweep` is what its group was given."""
-    method, settings = content["method"], content["settings"] | {"eval_only": bool(content.get("eval_only"))}
-    counts = set(VARIANTS) - ({"fixed_spans"} if content["protocol"] == "paper" else set())
-    if method != KV:  # what a setting of spans is does not matter to a method without them
-        counts = {"eval_only"} | ({"sink_tokens"} if method == SINK else set())
-    words = []
+    """How a run differs from its plain method in words, "" if it does not; `sweep` holds what its group was given."""
+    method = content["method"]
+    settings = content["settings"] | {"eval_only": bool(content.get("eval_only"))}
+    unit = settings.get("span_unit") or "token"
+    if settings.get("span_sampler") == "self_information" and unit != "token":
+        settings |= {"span_sampler": "random", "span_unit": f"cheapest {unit}s"}
+    if str(settings.get("spacy_model")).startswith(SPACY_MODEL):
+        settings["spacy_model"] = None
+    counts = {"eval_only", *OPTIONS.get(method, ())}
+    if uses_sentinels(content):  # settings of spans mean nothing to a method without them
+        counts |= set(VARIANTS) - ({"fixed_spans"} if content["protocol"] == "paper" else set())
+    parts = []
     for name, (plain, form) in VARIANTS.items():
         value = settings.get(name)
-        unchanged = PLAIN_SINKS if method == SINK and name == "sink_tokens" else (sweep.get(name, plain),)
-        if name in counts and value is not None and value not in unchanged:
+        plain = (0, SINKS) if method == SINK and name == "sink_tokens" else (sweep.get(name, plain),)
+        if name in counts and value is not None and value not in plain:
             if isinstance(value, bool):
                 value = "once" if value else "anew"
-            told = f"{value:g}" if isinstance(value, float) else printable(str(value))[:40].replace("_", "-")
-            words.append(form.format(told))
-    return ", ".join(words)
+            words = f"{value:g}" if isinstance(value, float) else printable(str(value))[:40].replace("_", "-")
+            parts.append(form.format(words))
+    return ", ".join(parts)
 
 
-def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, Run]], folder: Path) -> None:
+def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, dict]], folder: Path) -> None:
     """Sort scores into sets that may be compared: the same documents, scorers, generation and group of runs.
 
     KV compression that folds what it generates, and that does not, are in two sets; other methods are in both.
     """
-    alike: dict[str, list[Score]] = {}
+    sets: dict[str, tuple[dict, int | None, list[dict]]] = {}
     first: dict[tuple, str] = {}
     for path, content in contents.items():
-        score = _score(path, content, runs, folder)
-        key = json.dumps(score.made, default=str)
-        same = (key, score.method, score.ratio, score.protocol, score.variant, score.seed, score.compress_generated)
+        made, group, row = _score(path, content, runs, folder)
+        key = json.dumps([made, group], default=str)
+        same = (key, *(row[name] for name in ("method", "ratio", "protocol", "variant", "seed", "folds")))
         if first.setdefault(same, path) == path:
-            alike.setdefault(key, []).append(score)
+            sets.setdefault(key, (made, group, []))[2].append(row)
         else:
             found.duplicates.append((path, first[same]))
-    for scores in alike.values():
-        ways = sorted({score.compress_generated for score in scores} - {None}) or [None]
-        found.scores += [[score for score in scores if score.compress_generated in (way, None)] for way in ways]
+    for made, group, rows in sets.values():
+        for way in sorted({row["folds"] for row in rows} - {None}) or [None]:
+            alike = pd.DataFrame([row for row in rows if row["folds"] in (way, None)])
+            found.scores.append(Scores(made | {"folds": way}, group, alike))
 
 
-def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: Path) -> Score:
+def _score(path: str, content: dict, runs: dict, folder: Path) -> tuple[dict, int | None, dict]:
+    """What made a scored file, the number of its run's group, and its row."""
     beside, _, name = path.rpartition("/")
     group, run = runs.get(f"{beside}/results.json".lstrip("/"), (None, None))
     stem = name.removesuffix(".json").removesuffix(".scores").removeprefix("scores_")
@@ -379,67 +338,65 @@ def _score(path: str, content: dict, runs: dict[str, tuple[int, Run]], folder: P
         about = strict_json.read(folder / beside / f"{'generation' if stem == 'scores' else stem}.about.json")
         generation = [about.get(key) for key in OF_A_GENERATION]
     except (OSError, ValueError, AttributeError):
-        about, generation = {}, []  # not told: scores may be moved away from what they were made of
-    documents = content.get("documents_sha256") or path  # unknown documents compare with no others
-    scorers = ("bertscore_model", "fluency_model", "bertscore_layer", "convention")
-    models = [content.get(key) for key in ("preset", *scorers)]
-    made = (documents, *models, *generation, group)
-    folds = bool(about.get("compress_generated")) if content["method"] == KV else None
-    return Score(path, content, _variant_of_scores(content, run, about), run.seed if run else None, made, folds)
+        about, generation = {}, []  # scores may have been moved away from what they were made of
+    made = {"documents": content.get("documents_sha256") or path}  # unknown documents compare with no others
+    made |= {name: content.get(name) for name in ("preset", "bertscore_model", "fluency_model", "bertscore_layer")}
+    made |= {"convention": content.get("convention"), "generation": generation}
+    row = {"path": path, "method": content["method"], "variant": _variant_of_scores(content, run, about)}
+    row |= {"ratio": content["bound_ratio"], "protocol": content["protocol"], "seed": run["seed"] if run else NO_SEED}
+    row |= {"documents": len(content["documents"]), "cache_fraction": _float(content.get("cache_fraction"))}
+    for metric in METRICS:
+        values = content[metric]
+        row |= {metric: _float(values["mean"])} | {f"{metric}_{end}": _float(values[end]) for end in ("low", "high")}
+    folds = bool(about.get("compress_generated")) if uses_sentinels(content) else None
+    return (
+        made,
+        group,
+        row | {"sentinels": uses_sentinels(content), "folds": folds, "by_document": content["documents"]},
+    )
 
 
-def _variant_of_scores(content: dict, run: Run | None, about: dict) -> str:
-    """The run's variant, and in what its model generated otherwise than it was trained, as `about` tells."""
+def _variant_of_scores(content: dict, run: dict | None, about: dict) -> str:
+    """The run's variant, and how its model generated differently from how it was trained."""
     if run is None:
         return ""
-    if run.method != content["method"]:
-        return f"trained as {label(run.method)}"
-    words = [run.variant] + [f"trained at {run.ratio:g}"] * (run.ratio != content["bound_ratio"])
-    if run.method == KV and about:
-        settings, told = run.content["settings"], {"recent_tokens": 0} | about  # no window is not told
-        trained = {
-            "recent_tokens": settings.get("recent_tokens") or 0,
-            "max_span_length": settings.get("max_span_length"),
-        }
-        for name, value in trained.items():
-            if value is not None and (used := told.get(name, value)) != value:
+    if run["method"] != content["method"]:
+        return f"trained as {label(run['method'])}"
+    words = [run["variant"]] + [f"trained at {run['ratio']:g}"] * (run["ratio"] != content["bound_ratio"])
+    if run["sentinels"] and about:
+        recorded = {"recent_tokens": 0} | about  # a file without a window does not name it
+        trained = {name: run["settings"].get(name) for name in ("recent_tokens", "max_span_length")}
+        for name, value in (trained | {"recent_tokens": trained["recent_tokens"] or 0}).items():
+            if value is not None and (used := recorded.get(name, value)) != value:
                 words.append(VARIANTS[name][1].format(printable(str(used))[:40]) + " generating")
     return ", ".join(filter(None, words))
 
 
-def points(group: Group, protocol: str, averaging: str | None = None) -> list[Point]:
-    """What was measured for one protocol, by method, variant and ratio.
+def of_protocol(rows: pd.DataFrame, protocol: str, first: str | None = None) -> pd.DataFrame:
+    """Runs or scored files of a protocol, one per method, variant, ratio and seed.
 
-    Methods without sentinels know no protocol but the average: a run of either serves both. `averaging` (the
-    protocol's own if not given) "matched" shows runs of the protocol `paper` token-weighted.
+    Methods without sentinels differ between protocols only in the average: their runs serve both, those of the protocol
+    `first` (`protocol` itself if not given) before others.
+    """
+    own = rows[(rows.protocol == protocol) | ~rows.sentinels]
+    own = own.assign(other=own.protocol != (first or protocol)).sort_values(["other", "path"])
+    keys = ["method", "variant", "ratio", "seed"]
+    return own.drop_duplicates(keys).sort_values(keys, ignore_index=True)
+
+
+def points(group: Group, protocol: str, averaging: str | None = None) -> pd.DataFrame:
+    """The runs of a protocol, one per method, variant, ratio and seed, with `nll` as `averaging` averages.
+
+    `averaging` is the protocol's own if not given; "matched" weights the protocol paper by tokens: such are `foreign`.
     """
     averaging = averaging or protocol
-    by_point: dict[tuple, dict[int, Run]] = {}
-    for run in sorted(group.runs, key=lambda run: (run.protocol != averaging, run.path)):
-        if (run.protocol == protocol or not run.has_sentinels) and run.nll(averaging) is not None:
-            key = (run.method, run.variant, run.ratio)
-            by_point.setdefault(key, {}).setdefault(run.seed, run)
-    found = [Point(*key, averaging, dict(sorted(runs.items()))) for key, runs in by_point.items()]
-    return sorted(found, key=lambda point: (rank(point.method), point.variant, point.ratio))
+    found = of_protocol(group.runs.dropna(subset=f"nats_{averaging}"), protocol, averaging)
+    found["nll"], found["untrained"] = found[f"nats_{averaging}"], found[f"untrained_{averaging}"]
+    found["perplexity"] = perplexity(found.nll)
+    found["foreign"] = found.sentinels & (found.protocol != averaging)
+    return found
 
 
-def rank(method: str) -> tuple[int, str]:
-    """Where a method stands in tables and legends."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
-
-
-def variants(found: Iterable[Point]) -> list[Point]:
-    """The fine-tuned variants of KV compression."""
-    return [point for point in found if point.method == KV and point.variant and point.fine_tuned]
-
-
-def number_variants(group: Group) -> dict[tuple[str, str, float], int]:
-    """A number, for tables and plots, for each of a group's `variants`, by protocol, variant and ratio."""
-    found = {protocol: variants(points(group, protocol)) for protocol in ("matched", "paper")}
-    keys = [(protocol, point.variant, point.ratio) for protocol, those in found.items() for point in those]
-    return {key: number for number, key in enumerate(keys, start=1)}
-
-
-def select(found: Iterable[Point], method: str, variant: str = "") -> dict[float, Point]:
-    """The points of one curve, by ratio."""
-    return {point.ratio: point for point in found if (point.method, point.variant) == (method, variant)}
+def perplexity(nll):
+    """exp(nll), of a number or a series, within the range of a float."""
+    return np.exp(np.minimum(nll, 700))

@@ -9,14 +9,19 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from kv_compression.generation import records
 from kv_compression.io.errors import RunError, from_here, printable, run_script
 from kv_compression.io.fields import number
-from kv_compression.io.results import figure, read_results
-from kv_compression.reporting import plotting
+from kv_compression.io.results import read_results
+from kv_compression.io.tables import figure
+from kv_compression.reporting import drawing, plotting
+from kv_compression.reporting.collecting import label, row_of
 from kv_compression.reporting.comparing import caveat
 
 FULL, PLAIN, BEST = ("full_attention", "paper"), ("kv_compression", "paper"), ("kv_compression", "best")
+SINK = ("sink_attention", "paper")
 WIDTH = 100  # characters of a line
 SHOWN = 30  # words of a prefix, its last
 
@@ -38,20 +43,21 @@ def against(run: dict, others: Sequence[dict]) -> str:
     for other in sorted(others, key=perplexity):
         own, its = perplexity(run), perplexity(other)
         words = "lower than" if own < its else "higher than" if own > its else "as high as"
-        parts[words].append(f"{plotting.label(other['method'])}'s {figure(other['perplexity'], 1)}")
+        parts[words].append(f"{label(other['method'])}'s {figure(other['perplexity'], 1)}")
     names = {words: " and ".join(filter(None, [", ".join(those[:-1]), *those[-1:]])) for words, those in parts.items()}
     return ", ".join(f"{words} {those}" for words, those in names.items() if those)
 
 
 def finding(runs: dict[tuple[str, str], dict]) -> str:
-    """What the runs say of KV compression, as published and with `--recipe best`, a sentence each."""
+    """What the runs say of KV compression, plain and with `--recipe best`, a sentence each."""
     plain, best, full = runs[PLAIN], runs[BEST], runs[FULL]
     rivals = [run for one, run in runs.items() if one not in (PLAIN, BEST, FULL)]
+    kept, sinks = (figure(run.get("kept_keys_mean"), 0) for run in (best, runs[SINK]))
     return (
-        f"With {figure(100 * plain['removed_fraction'], 0)}% of the cache removed, KV compression as published has a "
-        f"test perplexity of {figure(plain['perplexity'], 1)}, {against(plain, rivals)}. With --recipe best it has "
-        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; full attention, which keeps the whole cache, has "
-        f"{figure(full['perplexity'], 1)}."
+        f"With {figure(100 * plain['removed_fraction'], 0)}% of the cache removed, plain KV compression has a test "
+        f"perplexity of {figure(plain['perplexity'], 1)}, {against(plain, rivals)}. With --recipe best it has "
+        f"{figure(best['perplexity'], 1)}, {against(best, rivals)}; while it reads it holds {kept} keys on average, "
+        f"sink attention {sinks}; full attention, which keeps the whole cache, has {figure(full['perplexity'], 1)}."
     )
 
 
@@ -80,14 +86,15 @@ def main() -> None:
     if None in found:
         raise RunError(f"no results in {folders[found.index(None)]}")
     runs = {kind(run): run for run in found}
+    rows = pd.DataFrame([row_of(str(folder), run) for folder, run in zip(folders, found)])
     folder, ratio = folders[list(runs).index(BEST)], runs[BEST]["bound_ratio"]
 
     drawn = folder.parent / f"perplexity_{ratio}.png"
-    names = {one: plotting.label(one[0]) + ",\nrecipe best" * (one == BEST) for one in runs}
-    plotting.draw(drawn, plotting.one_ratio([(one[0], names[one], perplexity(run)) for one, run in runs.items()]))
+    names = {one: label(one[0]) + ",\nrecipe best" * (one == BEST) for one in runs}
+    drawing.draw(drawn, plotting.one_ratio([(one[0], names[one], perplexity(run)) for one, run in runs.items()]))
     print(f"Plot: {from_here(drawn)}\n")
     print(continuation(folder / "generation.jsonl"), end="\n\n")
-    print(textwrap.fill(f"Finding: {finding(runs)} {caveat(found)}", WIDTH), end="\n\n")
+    print(textwrap.fill(f"Finding: {finding(runs)} {caveat(rows)}", WIDTH), end="\n\n")
     print("Next: " + ("sh quickstart.sh 0.9" if ratio != 0.9 else "sh sweep.sh"))
 
 

@@ -1,7 +1,4 @@
-"""A run as one full model: the adapter merged into the weights, for people without peft.
-
-Knows folders; what a run's model is, `experiment.load_run` says.
-"""
+"""A run as one full model: the adapter merged into the weights, for people without peft."""
 
 import os
 import shutil
@@ -12,24 +9,24 @@ from safetensors import SafetensorError
 
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import repository_name
+from kv_compression.io.ownership import open_up
 from kv_compression.io.results import RESULTS, as_json, read_results, results_of_run
-from kv_compression.io.whole_files import open_up
 from kv_compression.sharing.model_card import write_card
-from kv_compression.training.run import load_run
+from kv_compression.training.loading import load_run
 
 
 def export(run: str, output: Path, mixed_precision: str = "auto") -> dict | None:
-    """Write a run's merged model, its tokenizer, results.json and card to the folder `output`, whole or not at all.
+    """Write the merged model of a run, its tokenizer, results.json and card to the folder `output`, or nothing at all.
 
-    The weights are safetensors, in bf16 or, with `mixed_precision` "no", in fp32; "auto" takes what the run used.
-    Returns what results.json there holds, None if `output` holds this very export already. UsageError if it holds
-    anything else or `run` is no run, RunError if the disk refuses.
+    The weights are safetensors, in bf16 or fp32 ("no"), as in the run with `mixed_precision` "auto". Returns the
+    content of the new results.json, None if `output` holds this very export already. UsageError if it holds anything
+    else or `run` is no run, RunError if the disk refuses.
     """
     results = results_of_run(run)
     precision = results["settings"].get("mixed_precision", "no") if mixed_precision == "auto" else mixed_precision
     exported = results | {"export": {"dtype": "bfloat16" if precision == "bf16" else "float32"}}
     if Path(run).resolve() in output.resolve().parents:
-        raise UsageError(f"--output_dir {output} lies in the run's own folder: choose another")
+        raise UsageError(f"--output_dir {output} is inside the folder of the run: choose another")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output_dir {output} is a file")
     if output.exists() and any(output.iterdir()):

@@ -1,7 +1,4 @@
-"""The card of a trained model: what its run measured, for the people who find it on the Hugging Face hub.
-
-Knows what results.json holds and what a README.md looks like there; nothing is measured or uploaded here.
-"""
+"""The card of a trained model: what its run measured, as README.md for readers on the Hugging Face hub."""
 
 import re
 from functools import partial
@@ -15,28 +12,19 @@ from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.io import fields, ownership
 from kv_compression.io.errors import RunError, one_line
 from kv_compression.io.hub import repository_name
-from kv_compression.io.whole_files import write_whole
+from kv_compression.io.ownership import write_whole
+from kv_compression.methods import METHODS
 from kv_compression.settings import EMBEDDED, Settings
 
 CARD = "README.md"
 PAPER = "Context Compression for Auto-regressive Transformers with Sentinel Tokens"
 ADDRESS = "https://aclanthology.org/2023.emnlp-main.794"
-# Fine-tuned weights come under the license of those they started from; that of others is not known here.
+# Fine-tuned weights have the license of their base model, which is known here for these.
 LICENSES = {"togethercomputer/RedPajama-INCITE-Base-3B-v1": "apache-2.0", EMBEDDED_BASE: "apache-2.0"}
-SEES = {
-    "full_attention": "Every token sees every earlier one: the baseline that compresses nothing.",
-    "local_attention": "A token sees the most recent keys only, the share 1 − ratio of those before it.",
-    "scattered_attention": "A token sees itself and a random share 1 − ratio of the keys before it.",
-    "sink_attention": "A token sees the text's first few keys and the most recent ones, the share 1 − ratio of all.",
-    "kv_compression": "A span of text is wrapped in two new tokens, `<CL>` (id {cl_id}) and `<CR>` (id {cr_id}). "
-    "`<CR>` sees its own span; later tokens see `<CR>` and never the span again, so that the span's keys and values "
-    "leave the cache and those of `<CR>` stay. The tokenizer here has both tokens. What they do is the mask's doing, "
-    "not the weights': plain transformers takes them for words.",
-}
 WEIGHED = {
     "paper": "Protocol `paper`: perplexity is the exponential of the mean over batches, and the ratio is what the "
     "published sampler was asked for.",
-    "matched": "Protocol `matched`: every target token weighs the same, and text and targets are every method's.",
+    "matched": "Protocol `matched`: every target token weighs the same; text and targets are the same for all methods.",
 }
 OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
 OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
@@ -89,43 +77,46 @@ The method is that of [{paper}]({address}).
 
 
 def model_card(results: dict, name: str) -> str:
-    """README.md of a run, or of a model exported from one; `name` is that of its repository or folder."""
+    """README.md of a run, or of a model exported from one; `name` is the repository's or the folder's."""
     return TEMPLATE.format(
         metadata=metadata(results, name).to_yaml(),
         title=name.split("/")[-1],
-        what=what(results),
-        sees=SEES[results["method"]].format(**results.get("sentinels") or {}),
-        measured=table(measured(results)),
+        what=summary(results),
+        sees=METHODS[results["method"]].card.format(**results.get("sentinels") or {}),
+        measured=as_table(measured_figures(results)),
         weighed=WEIGHED[results["protocol"]],
-        use="\n".join(use(results, name)),
-        training=table(training(results)),
+        use="\n".join(usage(results, name)),
+        training=as_table(recipe(results)),
         paper=PAPER,
         address=ADDRESS,
     )
 
 
 def write_card(folder: Path, results: dict, repository: str | None = None) -> None:
-    """Write the card of a folder that goes to `repository`; a README.md that is not just such a card is left alone.
+    """Write the card of a run or an export in `folder`; a `repository` is named in it, else the folder.
 
-    RunError if results.json lacks what a card needs, or the disk refuses.
+    A card that is there already is replaced only to name another repository, and any other README.md stays. RunError if
+    results.json lacks what a card needs, or the disk refuses.
     """
     path = folder / CARD
-    # Nothing ever replaces an exported model: its folder keeps no list.
+    # The folder of an export has no list of files: no script ever replaces one.
     write = write_whole if "export" in results else partial(ownership.write, proven=True)
     try:
-        old = path.read_text(encoding="utf-8") if path.exists() else ""
-        named = re.search(r'^run = "(.*)"', old, re.MULTILINE)
-        if not old or (named and old == model_card(results, named[1])):
-            card = model_card(results, repository or repository_name(folder.resolve().name))
-            write(path, card.encode("utf-8"))
+        if path.exists():
+            old = path.read_text(encoding="utf-8") if repository else ""
+            named = re.search(r'^run = "(.*)"', old, re.MULTILINE)
+            if not named or old != model_card(results, named[1]):
+                return
+        card = model_card(results, repository or repository_name(folder.resolve().name))
+        write(path, card.encode("utf-8"))
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"results.json of {folder} does not tell what a card needs: {one_line(error)}") from error
+        raise RunError(f"results.json of {folder} lacks what a card needs: {one_line(error)}") from error
 
 
 def metadata(results: dict, name: str) -> ModelCardData:
-    """What the hub sorts and finds models by."""
+    """The metadata by which the hub sorts and finds models."""
     base, dataset, merged = base_of(results), results["settings"].get("dataset_name"), "export" in results
     tags = ["context-compression", "kv-cache", "sentinel-tokens", results["method"]]
     return ModelCardData(
@@ -161,8 +152,8 @@ def evaluations(results: dict) -> list[EvalResult]:
     return found
 
 
-def what(results: dict) -> str:
-    """One sentence: which model, trained how, attending by what."""
+def summary(results: dict) -> str:
+    """One sentence: which model, how it was trained, which method."""
     base, settings = base_of(results), results["settings"]
     base = f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}`"
     if results["model"] == EMBEDDED:
@@ -178,8 +169,8 @@ def what(results: dict) -> str:
     )
 
 
-def measured(results: dict) -> dict[str, str]:
-    """The figures that the run has left."""
+def measured_figures(results: dict) -> dict[str, str]:
+    """The measured figures of the run by name."""
     untrained, validation = (results.get(name) or {} for name in ("untrained", "validation"))
     return {
         "test perplexity": number(results["perplexity"], 2),
@@ -194,12 +185,12 @@ def measured(results: dict) -> dict[str, str]:
     }
 
 
-def training(results: dict) -> dict[str, str]:
-    """The recipe, and what it took."""
+def recipe(results: dict) -> dict[str, str]:
+    """How the run was made, and what it took."""
     settings, report = results["settings"], results.get("training")
     batch = (settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"], results["num_processes"])
     targets = ", ".join(f"`{name}`" for name in results["lora_target_modules"])
-    recipe = {
+    trained = {
         "text": text_in_words(settings, "train"),
         "optimizer steps": number((report or {}).get("steps")),
         "text tokens": number((report or {}).get("tokens")),
@@ -209,7 +200,7 @@ def training(results: dict) -> dict[str, str]:
         "LoRA": f"rank {settings['r']}, alpha {results['lora_alpha']}, dropout {results['lora_dropout']}, on {targets}",
     }
     packages = results["packages"] | {"Python": results["python"]}
-    return (recipe if report else {}) | {
+    return (trained if report else {}) | {
         "block size": number(settings["block_size"]),
         "protocol, seed": f"{results['protocol']}, {results['seed']}",
         "base model's revision": results.get("model_revision") or "-",
@@ -222,15 +213,15 @@ def training(results: dict) -> dict[str, str]:
 
 
 def learning_rate(settings: dict, report: dict) -> str:
-    """The rate, its schedule and, where it was recorded, what it ended at."""
+    """The rate, its schedule and, if recorded, the rate of the last step."""
     schedule = settings["lr_scheduler_type"] + (" as published" if settings.get("published_schedule") else "")
     last = report.get("last_learning_rate")
     ended = f", {last:.3g} at the last step" if fields.number(last) is not None else ""
     return f"{settings['learning_rate']:g}, {schedule}{ended}"
 
 
-def use(results: dict, name: str) -> list[str]:
-    """The lines that load it, compress a text and go on from there."""
+def usage(results: dict, name: str) -> list[str]:
+    """Lines of Python that load the model, compress a text and generate from it."""
     auto = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if "export" in results:
         load = ["import kv_compression as kvc", auto, "", f'run = "{name}"']
@@ -240,13 +231,11 @@ def use(results: dict, name: str) -> list[str]:
         load = ["import kv_compression as kvc", "from peft import PeftModel", auto]
         if results["model"] == EMBEDDED:
             load[0] += "\nfrom kv_compression.data.embedded import embedded_model"
-            load += ["", f'run = "{name}"']
             arguments = "embedded_model()"
         else:
-            load += ["", f'run = "{name}"']
             pinned = f', revision="{revision}"' if revision else ""
             arguments = f'"{base}"{pinned}' if on_hub(base) else '"the base model\'s folder"'
-        load += [f"model = AutoModelForCausalLM.from_pretrained({arguments})", ATTACH]
+        load += ["", f'run = "{name}"', f"model = AutoModelForCausalLM.from_pretrained({arguments})", ATTACH]
         load += ["model = PeftModel.from_pretrained(model, run).eval()"]
     ratio = f", ratio={results['bound_ratio'] or 0.5}" if results["method"] == "kv_compression" else ""
     return [
@@ -263,18 +252,18 @@ def use(results: dict, name: str) -> list[str]:
 ATTACH = "kvc.attach(model, run)  # the rule that it was trained under"
 
 
-def table(rows: dict[str, str]) -> str:
-    """Rows as a table in Markdown, those without a value left out."""
+def as_table(rows: dict[str, str]) -> str:
+    """Rows as a Markdown table, without those that have no value."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value != "-")])
 
 
 def base_of(results: dict) -> str:
-    """The base model's name on the hub, or the path it had."""
+    """The base model's name on the hub, or its path during the run."""
     return EMBEDDED_BASE if results["model"] == EMBEDDED else results["model"]
 
 
 def text_of(settings: dict, split: str) -> tuple[str, str | None]:
-    """Where a split's text is from, a dataset or a file's name, and the dataset's configuration."""
+    """The source of a split's text: the name of a dataset or file, and the dataset's configuration."""
     name = settings.get("dataset_name")
     if name == EMBEDDED:
         return "Python's language reference", None
@@ -284,12 +273,12 @@ def text_of(settings: dict, split: str) -> tuple[str, str | None]:
 
 
 def text_in_words(settings: dict, split: str) -> str:
-    """The same as one text."""
+    """The source of a split's text, as one string."""
     return ", ".join(part for part in text_of(settings, split) if part)
 
 
 def on_hub(name: str | None) -> bool:
-    """Whether it reads as owner/name, and is no folder here."""
+    """Whether this is an owner/name, and no local folder."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -298,5 +287,5 @@ def on_hub(name: str | None) -> bool:
 
 
 def number(value, digits: int = 0) -> str:
-    """A number with so many decimals, "-" where there is none."""
+    """A number with so many decimals, "-" for anything else."""
     return f"{value:,.{digits}f}" if fields.number(value) is not None else "-"

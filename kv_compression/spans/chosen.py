@@ -1,15 +1,15 @@
-"""Spans chosen by what their tokens tell, and the equal chunks to compare them with.
+"""Spans chosen by the information in their tokens, and equal chunks to compare them with.
 
-Both return sorted, disjoint, inclusive `(first, last)` pairs that remove exactly round(ratio · num_tokens) entries. A
-span of n tokens becomes `cr_tokens` entries, so it removes n − cr_tokens. Knows numbers only: where they come from is
-`information`.
+Both samplers return sorted, disjoint, inclusive `(first, last)` pairs that remove exactly round(ratio · num_tokens)
+entries. A span of n tokens becomes `cr_tokens` entries, so it removes n − cr_tokens.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from kv_compression.spans.exact import Span, entries_to_remove
+from kv_compression.methods.ratio import entries_to_remove
+from kv_compression.spans.exact import Span
 
 
 def cheapest_spans(
@@ -22,12 +22,12 @@ def cheapest_spans(
     last: int | None = None,
     unit_starts: Sequence[bool] | None = None,
 ) -> list[Span]:
-    """The spans in [first, last) whose tokens carry the least information in sum, of all that remove the exact share.
+    """Of all spans in [first, last) that remove the exact share, those with the least information in sum.
 
-    `information` is a finite number per token of the block. Where `unit_starts` says which tokens begin a unit (a
-    phrase, a sentence), a span that begins or ends inside one is taken only as far as the exact share demands: a cut
-    weighs more than all information. The block's own ends cut nothing. The same input gives the same spans. Raises
-    ValueError, naming the bound, if so many entries cannot be removed. (This project.)
+    `information` is a finite number per token of the block. If `unit_starts` says which tokens begin a unit (a phrase,
+    a sentence), spans cut units only as often as the exact share demands: a cut weighs more than all information. The
+    ends of the block cut nothing. The result is deterministic. ValueError, naming the bound, if spans cannot remove
+    that many entries. (This project.)
     """
     information = np.asarray(information, dtype=np.float64)
     if not np.isfinite(information).all():
@@ -47,9 +47,9 @@ def cheapest_spans(
     before = np.concatenate([[0], information[first:last].cumsum()])
     opening, closing = cuts - before, cuts + before
 
-    # cheapest[kept, end]: the least cost of the first `end` tokens that leaves `kept` entries of them. A token that
-    # stays comes from (kept − 1, end − 1), a span of n tokens from (kept − cr_tokens, end − n): a row depends on rows
-    # above alone, and all its ends are found at once.
+    # cheapest[kept, end]: the least cost at which the first `end` tokens leave `kept` entries. A token that stays comes
+    # from (kept − 1, end − 1), a span of n tokens from (kept − cr_tokens, end − n): a row depends only on earlier rows,
+    # so all its ends are computed at once.
     region = last - first
     cheapest = np.full((region - to_remove + 1, region + 1), np.inf)
     cheapest[0, 0] = 0
@@ -82,11 +82,10 @@ def fixed_spans(
     first: int = 0,
     last: int | None = None,
 ) -> list[Span]:
-    """Equal chunks with equal gaps behind them, from `first` on, that remove the exact share; equal is within one.
+    """Equal chunks from `first` on, each followed by an equal gap, that remove the exact share (equal within one).
 
-    There are as many as gives them the paper's average length, (cr_tokens + 1 + max_span_length)/2, but fewer and
-    longer ones where these would not fit, so that near the bound no gap is left. Raises ValueError as
-    `cheapest_spans` does. (This project.)
+    Chunks have the paper's average length, (cr_tokens + 1 + max_span_length)/2. If those do not fit, there are fewer
+    and longer ones: near the bound no gap is left. ValueError as in `cheapest_spans`. (This project.)
     """
     last = num_tokens if last is None else last
     to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
@@ -106,7 +105,7 @@ def fixed_spans(
 
 
 def _window_minima(values: np.ndarray, width: int) -> np.ndarray:
-    """The minimum of every run of `width` neighbours: minima of ever wider windows, two of which cover a run."""
+    """The minimum of every `width` neighbours, from minima of ever wider windows, two of which cover the neighbours."""
     covered = 1
     while covered < width:
         step = min(covered, width - covered)

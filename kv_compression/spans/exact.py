@@ -1,64 +1,22 @@
-"""Which spans to compress: samplers that return sorted, disjoint, inclusive `(first, last)` pairs.
+"""Random spans that remove exactly the stated share, and how much spans can remove.
 
-Knows numbers only: how long a text is, the ratio asked for, the longest span allowed.
+All samplers here return sorted, disjoint, inclusive `(first, last)` pairs.
 """
 
 import random
 
 import numpy as np
 
-from kv_compression.methods.ratio import check_ratio, share_to_remove
-
-SPAN_SAMPLERS = ("random", "fixed", "self_information")
-UNITS = ("token", "phrase", "sentence")  # of self_information
+from kv_compression.methods.ratio import entries_to_remove
 
 Span = tuple[int, int]
 
 
 def as_generator(rng) -> np.random.Generator:
-    """A numpy generator from one, from a `random.Random` (which advances), or from a seed (an int or several)."""
+    """`rng` as a numpy generator: one already, a `random.Random` (which advances), or a seed (an int or several)."""
     if isinstance(rng, random.Random):
         return np.random.default_rng(rng.getrandbits(64))
     return np.random.default_rng(rng)
-
-
-def most_removable(num_tokens: int, max_span_length: int, cr_tokens: int = 1) -> int:
-    """How many cache entries spans of at most `max_span_length`, each kept in `cr_tokens`, can remove."""
-    full, rest = divmod(num_tokens, max_span_length)
-    return full * (max_span_length - cr_tokens) + max(rest - cr_tokens, 0)
-
-
-def widest_window(num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0) -> int:
-    """How many of the last tokens can stay out of spans if the exact share is to leave from `first` on; at least 0."""
-    to_remove = share_to_remove(num_tokens, ratio)
-    num_spans = -(-to_remove // (max_span_length - cr_tokens))
-    return max(num_tokens - first - to_remove - num_spans * cr_tokens, 0)
-
-
-def entries_to_remove(
-    num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
-) -> int:
-    """round(ratio · num_tokens), if spans in [first, last) can remove so many; else ValueError, naming the bound."""
-    check_ratio(ratio)
-    last = num_tokens if last is None else last
-    if cr_tokens < 1:
-        raise ValueError(f"a span leaves at least 1 entry, so cr_tokens must be at least 1, got {cr_tokens}")
-    if max_span_length <= cr_tokens:
-        raise ValueError(
-            f"spans have at least {cr_tokens + 1} tokens, so max_span_length must be at least {cr_tokens + 1}, "
-            f"got {max_span_length}"
-        )
-    if not 0 <= first <= last <= num_tokens:
-        raise ValueError(f"[{first}, {last}) is not a part of {num_tokens} tokens")
-    to_remove = share_to_remove(num_tokens, ratio)
-    bound = most_removable(last - first, max_span_length, cr_tokens)
-    if to_remove > bound:
-        where = "" if last - first == num_tokens else f"in {last - first} of them "
-        raise ValueError(
-            f"ratio {ratio} asks to remove {to_remove} of {num_tokens} tokens, but spans of at most {max_span_length} "
-            f"{where}can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
-        )
-    return to_remove
 
 
 def exact_spans(
@@ -71,11 +29,11 @@ def exact_spans(
     first: int = 0,
     last: int | None = None,
 ) -> list[Span]:
-    """Spans of at most max_span_length tokens at random places that remove exactly round(ratio · num_tokens) entries.
+    """Spans of at most `max_span_length` tokens at random places that remove exactly round(ratio · num_tokens) entries.
 
-    A span of n tokens removes n − cr_tokens, at least 1; spans lie in [first, last), by default everywhere. Lengths are
-    drawn as in the paper (uniform, as far as the exact sum leaves a choice), gaps uniformly. Raises ValueError, naming
-    the bound, if so many cannot be removed. (This project.)
+    A span of n tokens removes n − cr_tokens entries, at least 1. Spans lie in [first, last), by default anywhere.
+    Lengths are uniform as in the paper, as far as the exact sum leaves a choice; gaps are uniform. `rng` is what
+    `as_generator` takes. ValueError, naming the bound, if spans cannot remove that many. (This project.)
     """
     to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
     if to_remove == 0:
@@ -84,7 +42,7 @@ def exact_spans(
     rng = as_generator(rng)
     longest = max_span_length - cr_tokens  # what one span can remove
 
-    # As many spans as uniform lengths would take, within what leaves room for them all.
+    # As many spans as uniform lengths would take, as long as there is room for all of them.
     needed = -(-to_remove // longest)
     drawn = rng.integers(1, longest + 1, size=to_remove).cumsum()
     num_spans = int(np.searchsorted(drawn, to_remove)) + 1
@@ -98,7 +56,7 @@ def exact_spans(
         left -= removals[-1]
     rng.shuffle(removals)  # the bounds above depend on the order of drawing
 
-    # Choosing which of (spans and single tokens, in a row) are the spans makes all gaps equally likely.
+    # Line up spans and single tokens, and choose which of them are the spans: then all gaps are equally likely.
     outside = region - to_remove - num_spans * cr_tokens
     places = np.sort(rng.choice(outside + num_spans, size=num_spans, replace=False))
     spans, shift = [], first

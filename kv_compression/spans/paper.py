@@ -1,4 +1,4 @@
-"""The published span sampler, on the words of a line."""
+"""The paper's span sampler, on the words of a line."""
 
 from kv_compression.methods.ratio import check_ratio
 from kv_compression.spans.exact import Span, as_generator
@@ -7,11 +7,13 @@ SHORTEST_PAPER_LINE = 30  # words; the published sampler leaves shorter lines al
 
 
 def paper_spans(num_words: int, ratio: float, max_span_length: int, rng) -> list[Span]:
-    """The published sampler, on the words of one line.
+    """Spans on the `num_words` words of one line; none if it has fewer than 30.
 
-    With a = (2 + m)/2 the target is T = int(ratio · a/(a − 1) · n) words. Spans of 2 … m words are drawn at random and
-    kept if they overlap none kept before, until T words are covered or 3·(T // a) draws are made. Rejected draws and
-    the cap keep it far below high ratios: see `exact_spans`. (Paper, section 4.1, and the code published with it.)
+    With m = max_span_length and a = (2 + m)/2 the target is T = int(ratio · a/(a − 1) · num_words) words. Spans of
+    2 … m words are drawn at random and kept if they do not overlap an earlier one, until T words are covered or
+    3·(T // a) draws are made. Rejected draws and the cap leave high ratios far out of reach: see `exact_spans`. `rng`
+    is what `as_generator` takes. ValueError for a ratio outside [0, 1) or spans of one word. (Paper, section 4.1, and
+    the code published with it.)
     """
     check_ratio(ratio)
     if max_span_length < 2:

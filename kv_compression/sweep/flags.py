@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kv_compression import settings as run_settings
-from kv_compression.io.errors import Parser, UsageError, ratio
+from kv_compression.io.errors import UsageError
+from kv_compression.io.flags import Parser, ratio
+from kv_compression.methods import NAMES
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_BY_SWEEP = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
 FILES = ("train_file", "validation_file", "test_file")
 OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size", "prefix_words", "continuation_words")
 OF_CLAIM_2 += ("compress_generated",)
-ParseRun = Callable[..., tuple[dict, bool, str | None]]  # `run_clm.parse`
+ParseRun = Callable[..., tuple[dict, bool, str | None]]  # `run_settings.parse`
 
 
 def parse(description: str, parse_run: ParseRun) -> tuple[argparse.Namespace, dict]:
@@ -123,11 +125,11 @@ def _for_runs(parse_run: ParseRun, flags: list[str], own: Iterable[str]) -> dict
 
 def _check(flags: argparse.Namespace, given: dict) -> None:
     """Raise UsageError for what no run can have."""
-    for name, known in (("methods", run_settings.METHOD_NAMES), ("protocols", ("paper", "matched"))):
+    for name, known in (("methods", NAMES), ("protocols", ("paper", "matched"))):
         for value in getattr(flags, name):
             if value not in known:
                 raise UsageError(f"--{name} {value}: choose from {', '.join(known)}")
-    if "kv_compression" in (flags.methods or run_settings.METHOD_NAMES):  # the method that takes all options
+    if "kv_compression" in (flags.methods or NAMES):  # the method that takes all options
         for ratio_of_run, protocol in itertools.product(flags.ratios or RATIOS, flags.protocols or [None]):
             run = {"method": "kv_compression", "bound_ratio": ratio_of_run, "protocol": protocol}
             run_settings.check_flags(given | run | {"preset": flags.preset})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded, reading
-from kv_compression.generation import records, sampling
+from kv_compression.generation import documents, records, scorers
 from kv_compression.io import strict_json
 from kv_compression.io.errors import ROOT, RunError, UsageError, command_line, one_line
 from kv_compression.io.results import RESULTS, read_results, table
@@ -22,7 +22,7 @@ from kv_compression.settings import Settings
 from kv_compression.sweep.flags import OF_CLAIM_2, RATIOS, ParseRun
 from kv_compression.sweep.plan import PlannedRun, as_flags, plan
 from kv_compression.sweep.workers import Busy, Task, Workers, is_locked
-from kv_compression.training import run as training_run
+from kv_compression.training import run_folder
 
 LOGS = "logs"  # of the commands' output, in the sweep's folder
 
@@ -52,7 +52,7 @@ class Job(NamedTuple):
     def task(self, commands: list[list[str]]) -> Task:
         """These commands as a task for `Workers`."""
         log = self.folder.parent / LOGS / f"{self.name}.log"
-        return Task(self.name, commands, self.folder / training_run.LOCK, log)
+        return Task(self.name, commands, self.folder / run_folder.LOCK, log)
 
 
 def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str]) -> Step:
@@ -66,7 +66,7 @@ def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str])
     def done() -> bool:
         found = (read_results(Path(settings.output_dir)) or {}).get("settings") or {}
         there = {name: found[name] for name in any_of if name in found}
-        return training_run.finished(replace(settings, **there), overwrite=False) is not None
+        return run_folder.finished(replace(settings, **there), overwrite=False) is not None
 
     return Step([sys.executable, str(ROOT / "run_clm.py"), *flags], done)
 
@@ -100,8 +100,8 @@ class Continuations:
             texts = embedded.embedded_text()["test"]["text"]
         else:
             return about
-        found = sampling.pick(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        return about | {"documents": len(found), "documents_sha256": sampling.documents_digest(found)}
+        found = documents.pick_documents(texts, self.num_documents, self.prefix_words, self.continuation_words)
+        return about | {"documents": len(found), "documents_sha256": documents.documents_digest(found)}
 
 
 def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
@@ -121,7 +121,7 @@ def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
 
 def scoring(folder: Path, preset: str) -> Step:
     """Claim 2's scores of the continuations in `folder`."""
-    path, scorers = folder / "generation.jsonl", run_settings.scorers(preset, None, None)
+    path, models = folder / "generation.jsonl", scorers.scorers(preset, None, None)
 
     def done() -> bool:
         try:
@@ -129,7 +129,7 @@ def scoring(folder: Path, preset: str) -> Step:
             made_from = {"file_sha256": _sha256(path.read_bytes())}
         except (OSError, ValueError):
             return False
-        made_from |= scorers.record()
+        made_from |= models.record()
         return isinstance(found, dict) and all(found.get(name) == value for name, value in made_from.items())
 
     return Step([sys.executable, str(ROOT / "eval_generation.py"), str(path)], done)

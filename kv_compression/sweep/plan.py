@@ -35,8 +35,7 @@ class PlannedRun(NamedTuple):
 
         The untouched model is scored once, by the run with `eval_only`, and skipped by the others.
         """
-        foreign = set() if METHODS[self.method].uses_sentinels else set(run_settings.OF_KV_COMPRESSION)
-        foreign -= {"sink_tokens"} if self.method == "sink_attention" else set()
+        foreign = run_settings.options_of_others(self.method)
         own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
         own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
         return as_flags(own | {name: value for name, value in given.items() if name not in foreign})

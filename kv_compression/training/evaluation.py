@@ -17,11 +17,11 @@ from kv_compression.methods.sentinels import IGNORED
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's score on one split. `nll` is in nats per token and perplexity = exp(nll).
+    """A model's score on one split: `nll` in nats per token, and perplexity = exp(nll).
 
     In the protocol `matched` every target token weighs the same. In `paper` `nll` is the mean over batches of the
     batch's mean, as in the published code. `nll_per_token` and `nll_per_batch` are these two in both protocols.
-    What the mask keeps is explained in `visibility.MaskCost`.
+    `methods.cost.MaskCost` explains the four figures of the mask.
     """
 
     perplexity: float
@@ -37,16 +37,16 @@ class Evaluation:
     seconds: float
 
 
-def perplexity(nll: float) -> float:
-    """exp(nll), infinite where a float cannot hold it."""
+def to_perplexity(nll: float) -> float:
+    """exp(nll), infinite if no float can hold it."""
     try:
         return math.exp(nll)
     except OverflowError:
         return math.inf
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All indices in batches, blocks of like length together; the last may be smaller."""
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All indices in batches, blocks of similar length together; the last batch may be smaller."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -57,8 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a patched model on `blocks`; processes share the batches, and each token counts once.
 
-    `token_losses` is a `TokenLosses`, as it is or prepared by accelerate; `rule` is the one that the model attends by:
-    what it keeps is counted on the very blocks that are scored.
+    `token_losses` is a `TokenLosses`, plain or prepared by accelerate. `rule` is the one that the model attends by: its
+    cost is measured on the very blocks that are scored.
     """
     token_losses.eval()
     start = time.perf_counter()
@@ -66,16 +66,16 @@ def evaluate(
     targets = num_batches = 0
     cost = MaskCost()
     drawn = {index: blocks[index] for index in range(len(blocks))}
-    todo = batches([len(block) for block in drawn.values()], batch_size)
-    rounds = range(accelerator.process_index, len(todo) + accelerator.process_index, accelerator.num_processes)
+    batches = batches_by_length([len(block) for block in drawn.values()], batch_size)
+    rounds = range(accelerator.process_index, len(batches) + accelerator.process_index, accelerator.num_processes)
     for number in tqdm(rounds, desc=f"evaluating {note}", disable=not accelerator.is_main_process, leave=False):
-        # A process without a batch of its own keeps in step: where weights are spread, all have to be called.
-        batch = blocks.batch(todo[min(number, len(todo) - 1)], drawn)
+        # A process that has run out of batches repeats the last: a sharded model needs a call from every process.
+        batch = blocks.batch(batches[min(number, len(batches) - 1)], drawn)
         inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
         labels = inputs.pop("labels")
         with accelerator.autocast():
             losses = token_losses(labels, **inputs)
-        if number >= len(todo):
+        if number >= len(batches):
             continue
         cost += measure(rule, batch["input_ids"], batch["attention_mask"])
         loss = losses.cpu().double().sum().item()  # not every device has float64
@@ -88,7 +88,7 @@ def evaluate(
     per_token, per_batch = nll / targets, batch_nll / num_batches
     mean = per_batch if protocol == "paper" else per_token
     return Evaluation(
-        perplexity=perplexity(mean),
+        perplexity=to_perplexity(mean),
         nll=mean,
         nll_per_token=per_token,
         nll_per_batch=per_batch,

@@ -1,7 +1,7 @@
 """Figures over steps, for tensorboard.
 
-tensorboardX's own `SummaryWriter` hands them to a thread, and when that cannot write the process waits for it for ever.
-Here they are written where they come from, and a disk that refuses ends the run.
+tensorboardX's own `SummaryWriter` hands them to a thread; if that cannot write, the process hangs. Here the calling
+thread writes them, and a disk that refuses ends the run.
 """
 
 import secrets
@@ -16,13 +16,13 @@ from tensorboardX.summary import scalar
 from kv_compression.io import ownership
 from kv_compression.io.errors import RunError
 
-SECONDS = 30.0  # between the moments at which what was added is brought to the disk
+SECONDS = 30.0  # between two flushes
 
 
 class Scalars:
-    """A tensorboard file in `folder`, listed as ours in the folder around it.
+    """A tensorboard file in `folder`, listed as ours in the parent folder.
 
-    Everything may raise RunError if the disk refuses.
+    All methods raise RunError if the disk refuses.
     """
 
     def __init__(self, folder: Path):
@@ -40,14 +40,14 @@ class Scalars:
         return file
 
     def add(self, name: str, value: float, step: int) -> None:
-        """Write down one figure of one step."""
+        """Write one figure of one step."""
         event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
         self._try(lambda: self._file.write(event.SerializeToString()))
         if time.monotonic() - self._flushed > SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Write everything added so far to the disk."""
         self._flushed = time.monotonic()
         self._try(self._file.flush)
 

@@ -1,9 +1,21 @@
+"""Settings: their flags, checks, presets, identity and default folders."""
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
 from kv_compression.io.errors import RunError, UsageError
+from kv_compression.methods import METHODS
+from kv_compression.methods.kv_compression import CR_VISIBILITIES
+
+ROOT = Path(__file__).parent.parent
 
 
 def gpu(monkeypatch, memory):
@@ -181,3 +193,86 @@ def test_the_best_recipe_is_the_widest_window_that_the_ratio_leaves():
         run_settings.resolve(given | {"recent_tokens": 16})
     assert run_settings.resolve(given | {"sink_tokens": 2, "bound_ratio": 0.5}).recent_tokens == 256 - 2 - 128 - 6
     assert run_settings.resolve(given | {"bound_ratio": 0.0}).recent_tokens == 0
+
+
+def test_settings_know_methods_and_choices_without_loading_them():
+    assert tuple(METHODS) == tuple(run_settings.ABOUT["method"].choices)
+    assert run_settings.ABOUT["cr_visibility"].choices == CR_VISIBILITIES
+
+
+def test_flags_are_refused_only_where_no_preset_takes_them():
+    run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed"})  # the paper's preset does not
+    with pytest.raises(UsageError, match="needs --protocol matched"):
+        run_settings.check_flags({"method": "kv_compression", "span_sampler": "fixed", "preset": "paper"})
+    with pytest.raises(UsageError, match="r cannot be"):
+        run_settings.check_flags({"method": "kv_compression", "r": "16"})
+
+
+def in_help(monkeypatch, capsys) -> str:
+    monkeypatch.setenv("COLUMNS", "4000")
+    with pytest.raises(SystemExit):
+        run_settings.parse(["--help"])
+    return capsys.readouterr().out
+
+
+def test_help_explains_every_flag_in_groups_with_its_defaults(monkeypatch, capsys):
+    text = in_help(monkeypatch, capsys)
+    places = [text.index(f"\n{group}:\n") for group in ("model", "data", "method", "training", "output")]
+    assert places == sorted(places)
+    lines = re.sub(r"\n {5,}", "   ", text).splitlines()  # a flag and its help on one line
+    explained = [found.groups() for line in lines if (found := re.match(r"  --(\w+).*?  +(\S.*) \((.*)\)$", line))]
+    flags = {name for name, about in run_settings.ABOUT.items() if about.group}
+    flags |= {"resume_from_checkpoint", "overwrite", "push_to_hub", "hub_private"}
+    assert {name for name, *_ in explained} == flags
+    assert set(run_settings.ABOUT) - flags == {"preset_reason", "published_schedule", "num_processes"}
+    defaults = {name: default for name, _, default in explained}
+    assert all("default: " in default for name, default in defaults.items() if name != "method")
+    assert defaults["method"] == "required"
+    for name, value in run_settings.PRESETS["embedded"].items():
+        assert defaults[name].endswith(f"preset embedded: {'none' if value is None else value}")
+    assert defaults["learning_rate"] == "default: 2e-05; preset embedded: 0.001"
+    assert defaults["cr_tokens"] == "only for kv_compression; needs --protocol matched; default: 1"
+
+
+def test_help_takes_less_than_a_second():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, ROOT / "run_clm.py", "--help"], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_flags_are_settings_by_name():
+    flags = ["--method", "sink_attention", "--block_size", "64", "--learning_rate", "1", "--compile"]
+    flags += ["--lora_target_modules", "q", "v", "--resume_from_checkpoint", "--attn_implementation", "auto"]
+    given, overwrite, resume = run_settings.parse(flags)
+    assert (overwrite, resume) == (False, "latest")
+    assert {name: value for name, value in given.items() if value is not None} == {
+        "method": "sink_attention",
+        "block_size": 64,
+        "learning_rate": 1.0,
+        "compile": True,
+        "lora_target_modules": ("q", "v"),
+        "attn_implementation": "auto",
+    }
+    assert run_settings.parse(["--overwrite", "--resume_from_checkpoint", "x"])[1:] == (True, "x")
+
+
+def test_options_belong_to_methods():
+    assert not run_settings.options_of_others("kv_compression")
+    others = run_settings.options_of_others("local_attention")
+    assert {"sink_tokens", "recipe", "span_sampler"} <= others and "max_span_length" not in others
+    assert others - run_settings.options_of_others("sink_attention") == {"sink_tokens"}
+
+
+def test_an_identity_is_what_decides_the_result(tmp_path):
+    """Settings that a finished run of an older version has recorded must still be recognized."""
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    settings = run_settings.resolve({"preset": "embedded", "train_file": str(file), "test_file": "no where.txt"})
+    identity = settings.identity()
+    left = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained", "checkpointing_steps"}
+    left |= {"checkpoints_to_keep", "compile", "gradient_checkpointing"}
+    assert set(run_settings.ABOUT) - set(identity) == left
+    assert identity["train_file"] == "a.txt sha256:982d9e3eb996f559"
+    assert identity["test_file"] == "no_where.txt_" + identity["test_file"][-8:] and len(identity["test_file"]) == 21
+    assert identity["lora_target_modules"] is None

@@ -1,0 +1,150 @@
+"""Command-line flags: made from the fields of a dataclass, checked as they are, and parsed with errors of one line."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import UnionType
+from typing import get_args, get_origin
+
+from kv_compression.io.errors import UsageError, complain
+
+METAVARS = {int: "N", float: "X", str: "NAME", tuple: "NAME"}
+HELP_COLUMN = 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a field of a dataclass says about itself, besides its type and default.
+
+    It is explained by `help` in the `group` of `--help`; without a group it has no flag. Its value is one of `choices`
+    (the flag may also be "auto", if `auto`), or a number that is at `least`, at `most`, `above` or `below` a bound.
+    `in_words` is the default in words, where the value itself does not say it. A flag with a
+    `const` has this value if it is given without one.
+    """
+
+    group: str | None = None
+    help: str = ""
+    choices: Collection[str] | None = None
+    auto: bool = False
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    in_words: str = ""
+    const: str | None = None
+    metavar: str | None = None
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, "" if there are none."""
+        if self.most is not None:
+            return f"from {self.least} to {self.most}"
+        lower = f"above {self.above}" if self.above is not None else f"at least {self.least}"
+        lower = "" if self.above is None and self.least is None else lower
+        return " and ".join(filter(None, [lower, "" if self.below is None else f"below {self.below}"]))
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is within the bounds, which NaN never is."""
+        return (
+            (self.least is None or number >= self.least)
+            and (self.most is None or number <= self.most)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+
+def check(name: str, value, kind: type | UnionType, option: Option) -> None:
+    """Raise UsageError unless a field may have this value, which may come from a file."""
+    if not is_of_type(value, kind):
+        raise UsageError(f"--{name} cannot be {value!r}")
+    if option.choices and value is not None and value not in option.choices:
+        raise UsageError(f"--{name} {value}: choose from {', '.join(option.choices)}")
+    if value is None or not option.bounds:
+        return
+    if not option.holds(value):
+        raise UsageError(f"--{name} must be {option.bounds}, got {value}")
+    if not math.isfinite(value):
+        raise UsageError(f"--{name} must be finite, got {value}")
+    if isinstance(value, int) and value >= 2**32:
+        raise UsageError(f"--{name} must be below 2^32, got {value}")
+
+
+def kinds_of(kind: type | UnionType) -> list[type]:
+    """The plain types that a field's type consists of: `tuple[str, ...] | None` is tuple and None's type."""
+    return [get_origin(one) or one for one in get_args(kind) or (kind,)]
+
+
+def is_of_type(value, kind: type | UnionType) -> bool:
+    """Whether a value is of a field's type; an int is also a float, and text must be Unicode."""
+    kinds = kinds_of(kind)
+    if isinstance(value, list | tuple):
+        return tuple in kinds and all(is_of_type(item, str) for item in value)
+    if isinstance(value, str):
+        return str in kinds and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def add_flag(group, name: str, kind: type | UnionType, option: Option, default: str) -> None:
+    """Add a field's flag to an argument group; `default` says in words what holds without it. Not given, it is None."""
+    how = {"default": None, "help": f"{option.help} ({default})".replace("%", "%%")}
+    first = kinds_of(kind)[0]
+    if first is bool:
+        group.add_argument(f"--{name}", action="store_true", **how)
+        return
+    if option.choices:
+        how["choices"] = ["auto"] * option.auto + list(option.choices)
+    else:
+        how["metavar"] = option.metavar or METAVARS[first]
+    if first is tuple:
+        how["nargs"] = "+"
+    if option.const is not None:
+        how |= {"nargs": "?", "const": option.const}
+    group.add_argument(f"--{name}", type=str if first is tuple else first, **how)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors take one line, and name the flag that a misspelt one may have meant."""
+
+    def __init__(self, **how):
+        formatter = partial(argparse.HelpFormatter, max_help_position=HELP_COLUMN)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter} | how)
+
+    def parse_args(self, args=None, namespace=None, also: Iterable[str] = ()):
+        """As argparse does; `also` are other flags ("--name") that a misspelt one may have meant."""
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [*self.options(), *also]
+            hints = [f"{flag}: did you mean {near}?" for flag in unknown if (near := nearest(flag, known))]
+            self.error("; ".join(["unrecognized arguments: " + " ".join(unknown), *hints]))
+        return flags
+
+    def options(self) -> list[str]:
+        """Every flag, as it is written."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def error(self, message: str):
+        complain(f"{message} (see python {self.prog} --help)")
+        self.exit(2)
+
+
+def nearest(flag: str, known: Iterable[str]) -> str | None:
+    """The known flag that is most like `flag` ("--name", or "--name=value"), None if none is or this is no flag."""
+    if not flag.startswith("-"):
+        return None
+    name = flag.split("=")[0].lstrip("-").lower().replace("-", "_")
+    names = {one.lstrip("-").lower().replace("-", "_"): one for one in known if one.startswith("--")}
+    near = [one for one in names if name == "".join(word[0] for word in one.split("_"))]  # lr
+    near = near or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
+    near += difflib.get_close_matches(name, names, 1, cutoff=0.8 if near else 0.6)
+    return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
+
+
+def ratio(text: str) -> float:
+    """The type of a flag that takes a compression ratio."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
