@@ -1,6 +1,5 @@
 """The package as other people's code uses it: plain transformers, plain peft, and the four names."""
 
-import copy
 import json
 import os
 import shutil
@@ -227,12 +226,14 @@ def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
 def test_a_ready_rule_is_attached_as_it_is_or_with_sentinels_from_elsewhere(runs, bases, tiny_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
-    plain, rule = logits_of(model, [5, 6, 7, 8, 9, 10]), LocalAttention(ratio=0.5)
-    with kvc.attach(model, rule=rule) as patch, Patch(copy.deepcopy(model), rule) as other:
+    ids, rule = [5, 6, 7, 8, 9, 10], LocalAttention(ratio=0.5)
+    plain = logits_of(model, ids)
+    with kvc.attach(model, rule=rule) as patch:
         assert patch.rule is rule
-        found = logits_of(model, [5, 6, 7, 8, 9, 10])
-    assert other.rule is rule and (found - plain).abs().max() > 1e-4
-    assert torch.equal(logits_of(model, [5, 6, 7, 8, 9, 10]), plain)  # the model is as it was
+        assert (logits_of(model, ids) - plain).abs().max() > 1e-4
+        with pytest.raises(ValueError, match="patched already"):
+            kvc.attach(model, rule=rule)
+    assert torch.equal(logits_of(model, ids), plain) and "generate" not in vars(model)
     with kvc.attach(model, tokenizer, rule=rule) as patch:
         assert patch.rule == rule and len(tokenizer) == model.get_input_embeddings().weight.shape[0]
     with pytest.raises(ValueError, match="no ids for <CL> and <CR>"):
