@@ -408,9 +408,9 @@ def python_blocks(page: str, heading: str) -> list[str]:
     return [block.split("```")[0] for block in section.split("```python\n")[1:]]
 
 
-@pytest.mark.parametrize(("page", "heading"), [("README.md", "In your own code"), ("docs/library.md", "A trained run")])
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "The library"), ("docs/library.md", "A trained run")])
 def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, tmp_path, page, heading):
-    """As a user runs it: a folder that run_clm.py has left, a program of its own, no network, the snippet as it is."""
+    """As a user runs it: a folder that run_clm.py has written, a program of its own, no network; the snippet with another folder and text."""
     home = tmp_path / "cache" / "kv_compression"
     home.mkdir(parents=True)
     shutil.copytree(
@@ -426,11 +426,12 @@ def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, 
 
     tokens = len(transformers.AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"])
     kept = tokens - round(0.9 * tokens)
-    snippet = python_blocks(page, heading)[0].replace("output/embedded/quickstart/kv_compression_0.5", str(folder))
+    snippet = python_blocks(page, heading)[0].replace('open("LICENSE").read()', "text")
+    snippet = snippet.replace("output/embedded/quickstart/kv_compression_0.5_best", str(folder))
     program = f"run, text = {str(folder)!r}, {TEXT!r}\n{snippet}\nprint(cache.length, output.shape)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith(f"{kept} torch.Size"), done.stderr
+    assert done.stdout.splitlines()[-1:] and done.stdout.splitlines()[-1].startswith(f"{kept} torch.Size"), done.stderr
 
 
 def test_the_library_is_used_without_what_experiments_need(tiny_model, tmp_path):
