@@ -410,7 +410,7 @@ def python_blocks(page: str, heading: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "heading"), [("README.md", "The library"), ("docs/library.md", "A trained run")])
 def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, tmp_path, page, heading):
-    """As a user runs it: a folder that run_clm.py has written, a program of its own, no network; the snippet with another folder and text."""
+    """As a user runs the snippet, without a network, on a folder that run_clm.py has written and another text."""
     home = tmp_path / "cache" / "kv_compression"
     home.mkdir(parents=True)
     shutil.copytree(
