@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_package_its_license_and_nothing_else(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     required = [name for name in metadata.get_all("Requires-Dist") if "extra ==" not in name]
     assert required == PROJECT["dependencies"]
-    assert {*metadata.get_all("Provides-Extra")} == {"embedded", "phrases", "reports", "scores"}
+    assert {*metadata.get_all("Provides-Extra")} == {"embedded", "phrases", "reports", "scores", "sweep"}
 
 
 def test_the_wheel_is_imported_from_anywhere(wheel, tmp_path):
