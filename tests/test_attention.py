@@ -288,6 +288,21 @@ def test_a_text_longer_than_the_model_has_positions_is_refused():
             model(torch.tensor([[5]]), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_padding_takes_no_position_of_a_text_that_follows_a_cache():
+    model, cache = random_model("opt", "sdpa"), SentinelCache(CL, CR)  # 96 positions
+    ids, real = torch.full((2, 80), 5), torch.ones(2, 80, dtype=torch.long)
+    real[1, 40:] = 0
+    with Patch(model, KVCompression(CL, CR)):
+        model(ids, attention_mask=real, past_key_values=cache)
+        new = torch.ones(2, 50, dtype=torch.long)
+        new[0, :-16] = 0
+        model(torch.full((2, 50), 6), attention_mask=new, past_key_values=cache)
+        assert cache.text_read.tolist() == [96, 90]
+        with pytest.raises(UsageError, match="97 tokens"):
+            model(torch.full((2, 1), 6), past_key_values=cache)
+
+
 def test_a_window_of_any_size_is_a_window():
     ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9]])
     far = KVCompression(CL, CR, recent_tokens=2**31).mask(ids)

@@ -131,7 +131,8 @@ class Patch:
         if isinstance(cache, SentinelCache):
             if not cache.rule.same_as(self.rule):
                 raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
-            check_positions(decoder, cache.get_seq_length() + input_ids.shape[1], lambda: cache.text_after(input_ids))
+            most = cache.get_seq_length() + input_ids.shape[1]
+            check_positions(decoder, most, lambda: cache.text_after(input_ids, padding))
             seen, positions = cache.admit(decoder, input_ids, padding)
             kwargs["position_ids"] = positions
             kwargs["attention_mask"] = self._layer_masks(

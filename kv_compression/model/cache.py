@@ -2,7 +2,7 @@
 
 A `SentinelCache` goes where transformers takes a cache. A patched model asks it, before every forward pass, which of
 the keys it holds the new tokens see and which position ids they get; after the pass it lets go of every key that no
-later token can see, in all layers. Which these are is the `visibility.Rule`'s to say; nothing here knows a method.
+later token can see, in all layers. Which these are is the `methods.rule.Rule`'s to say; nothing here knows a method.
 """
 
 import copy
@@ -53,7 +53,7 @@ def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
 
 
 class SentinelCache(Cache):
-    """Keys and values of what later tokens can still see, for a model under `attention.patch`.
+    """Keys and values of what later tokens can still see, for a model under an `attention.Patch`.
 
     Rows of a batch may compress differently: they are padded on the right to the longest and masked. Lengths are
     counted in keys per layer. `get_seq_length` counts the tokens read, as transformers' generation expects, `length`
@@ -103,9 +103,10 @@ class SentinelCache(Cache):
         """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
 
-    def text_after(self, input_ids: Tensor) -> int:
-        """Text tokens of the longest row once tokens `(batch, new)` have been read, if none of them is padding."""
-        read = self.rule.text(input_ids).sum(-1)
+    def text_after(self, input_ids: Tensor, padding: Tensor | None = None) -> int:
+        """Text tokens of the longest row once tokens `(batch, new)` have been read (`padding` as in `admit`)."""
+        real = None if padding is None else padding[:, -input_ids.shape[1] :]
+        read = self.rule.text(input_ids, real).sum(-1)
         return int((read if self.text_read is None else self.text_read + read).max())
 
     def resume(self, tokens_read: int) -> None:
