@@ -142,7 +142,7 @@ class Rule:
         return False
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Cache entries gone when the last token has been read, long `(batch,)`."""
+        """Cache entries gone at the end of a block, long `(batch,)`: 0 for a method that defines its mask alone."""
         return torch.zeros_like(input_ids[:, 0])
 
     def key_order(self, input_ids: Tensor) -> Tensor:

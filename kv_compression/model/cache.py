@@ -386,7 +386,7 @@ class SentinelCache(Cache):
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
     def followed_by(self, input_ids: Tensor | Mapping, attention_mask: Tensor | None = None) -> dict:
-        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one a row.
+        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one per row.
 
         `input_ids` may also be what a tokenizer returns. `attention_mask` `(batch, new)` is 0 where a token is padding,
         on either side; padding is moved to the left, where generation needs it. A cache of one row takes any number of

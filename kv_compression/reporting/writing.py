@@ -250,7 +250,7 @@ def _nominal(report: Report, group: Group, count: int) -> None:
 
 
 def _by_ratio(report: Report, head: str, columns: dict[str, pd.Series], digits: int) -> None:
-    """A table with a line a ratio above 0 that any column has."""
+    """A table with one line for each ratio above 0 that any column has."""
     table = pd.DataFrame(columns).sort_index()
     shown = {head: lambda row: f"{row[0]:g}"}
     shown |= {name: lambda row, name=name: figure(row[1][name], digits) for name in table}
