@@ -149,7 +149,7 @@ def _new_rule(options: dict) -> KVCompression:
 def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> Rule:
     """Give a model the rows of a run's sentinels; returns the run's rule, or `rule` with the run's sentinels."""
     results = results_of(run, revision)
-    trained = rule_of(results, run)
+    trained = rule_of_run(results, run)
     rule = trained if rule is None else rule
     refuse_if_patched(model)
     if trained.uses_sentinels:
@@ -209,7 +209,7 @@ def results_of(source: str, revision: str | None = None) -> dict:
     return results
 
 
-def rule_of(results: dict, source="the run") -> Rule:
+def rule_of_run(results: dict, source="the run") -> Rule:
     """The rule that a run's model was trained and scored under, for text of one document. RunError if it is damaged."""
     try:
         method = METHODS[results["method"]]

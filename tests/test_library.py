@@ -259,7 +259,7 @@ def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):
     shutil.copytree(runs("options"), stand_in.root / "models/someone/run")
     model = transformers.AutoModelForCausalLM.from_pretrained(bases["options"])
     with kvc.attach(model, "someone/run", revision="main") as patch:
-        assert patch.rule == api.rule_of(api.results_of(runs("options")))
+        assert patch.rule == api.rule_of_run(api.results_of(runs("options")))
     with pytest.raises(RunError, match=r"there is no results\.json of someone/else on the Hugging Face hub"):
         kvc.attach(model, "someone/else")
     with pytest.raises(RunError, match="someone/run"):

@@ -9,7 +9,7 @@ CR_TOKEN = "<CR>"
 
 
 def unended(tokenizer, text: str) -> list[int]:
-    """A text's token ids, to be continued: as the tokenizer makes them, without what it puts behind a text.
+    """The token ids of a text that is to be continued: without what the tokenizer puts after a text.
 
     A tokenizer may end every text with end-of-text; what it puts before a text stays. (This project.)
     """
