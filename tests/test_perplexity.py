@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from kv_compression.data.blocks import Blocks
+from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.model.attention import Patch
 from kv_compression.model.loss import TokenLosses
@@ -14,6 +15,7 @@ from kv_compression.training import evaluation
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
+from tests.test_attention import WINDOWS, windowed_model
 
 
 def blocks_of(count: int, ratio: float = 0.4) -> Blocks:
@@ -62,6 +64,17 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     assert score.nll == pytest.approx(sum(means) / 2, rel=1e-5)
     assert score.nll_per_token == pytest.approx(sum(x for x, _ in slow) / sum(n for _, n in slow), rel=1e-5)
     assert score.nll != pytest.approx(score.nll_per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_full_attention_has_the_untouched_model_s_perplexity_whatever_its_windows(kind):
+    model, blocks = windowed_model(kind, dtype=torch.float32), blocks_of(5, ratio=0.0)
+    with torch.no_grad():
+        logits = model(blocks.tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        nll = cross_entropy(logits, blocks.tokens[:, 1:].flatten()).item()
+        with Patch(model, FullAttention()) as patch:
+            score = evaluate(model, blocks, patch.rule, batch_size=2, protocol="matched")
+    assert score.nll == pytest.approx(nll, rel=1e-5)
 
 
 def test_blocks_of_similar_length_share_a_batch():
