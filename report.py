@@ -1,6 +1,6 @@
 """Everything that was measured below a folder as report.md, CSV tables and plots, with a verdict on each claim.
 
-Parses flags, calls `kv_compression.report`, prints where the report is.
+Parses flags, calls `kv_compression.reporting`, prints where the report is.
 """
 
 import sys

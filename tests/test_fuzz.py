@@ -32,7 +32,7 @@ from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.reporting import collecting, drawing, writing
 from kv_compression.training import loading, run_folder
@@ -405,7 +405,7 @@ def test_saved_caches(tmp_path):
     rules += [LocalAttention(ratio=0.5), SinkAttention(ratio=0.5), ScatteredAttention(ratio=0.5)]
     for number, rule in enumerate(rules):
         cache = SentinelCache(rule=rule)
-        with compressed_attention(model, rule=rule), torch.no_grad():
+        with Patch(model, rule), torch.no_grad():
             model(ids, attention_mask=real, past_key_values=cache)
         cache.save(tmp_path / str(number))
         files.append(read_tensors(tmp_path / str(number)))
@@ -415,7 +415,7 @@ def test_saved_caches(tmp_path):
         tensor_file(draw, path, *draw.choice(files))
         cache = SentinelCache.load(path)
         more = torch.tensor([[5, CL, 6, CR, 7]] * max(len(cache.lengths), 1))
-        with compressed_attention(model, rule=cache.rule), torch.no_grad():
+        with Patch(model, cache.rule), torch.no_grad():
             model(more[:, :4], past_key_values=cache)
             model(more[:, 4:], past_key_values=cache)
         cache.batch_select_indices(torch.tensor([0]))

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from kv_compression.data.blocks import Blocks
 from kv_compression.methods.kv_compression import KVCompression
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.loss import TokenLosses
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import evaluation
@@ -39,7 +39,7 @@ def slow_scores(model, blocks) -> list[tuple[float, int]]:
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_matched_perplexity_weighs_every_target_token_the_same(batch_size):
     model, blocks, rule = random_model("gpt_neox"), blocks_of(5), KVCompression(CL, CR)
-    with torch.no_grad(), compressed_attention(model, rule=rule):
+    with torch.no_grad(), Patch(model, rule):
         score = evaluate(model, blocks, rule, batch_size=batch_size, protocol="matched")
         slow = slow_scores(model, blocks)
     assert score.num_targets == sum(count for _, count in slow) == 5 * 23
@@ -54,7 +54,7 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     blocks = blocks_of(3)
     blocks.plan = None  # sentinels in the blocks, so that blocks differ in their number of targets
     blocks.tokens[0, [2, 5, 8, 10]] = torch.tensor([CL, CR, CL, CR])
-    with torch.no_grad(), compressed_attention(model, rule=rule):
+    with torch.no_grad(), Patch(model, rule):
         score = evaluate(model, blocks, rule, batch_size=2, protocol="paper")
         slow = slow_scores(model, blocks)
     batches = [slow[:2], slow[2:]]

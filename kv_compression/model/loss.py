@@ -133,7 +133,7 @@ def _has_plain_head(model: nn.Module) -> bool:
 class _ChunkedLoss(torch.autograd.Function):
     """Cross entropy of `linear(hidden, weight, bias)`, the rows `indices` of the frozen `weight` replaced by `rows`.
 
-    The gradient is made with the loss, while the scores are at hand.
+    The gradient is made with the loss, while the scores exist.
     """
 
     @staticmethod

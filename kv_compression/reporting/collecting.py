@@ -64,7 +64,7 @@ SPACY_MODEL = "en_core_web_sm"  # the usual parser, whoever packaged it
 OF_A_SWEEP = {name: VARIANTS[name][0] for name in ("distill_weight", "max_span_length", "fixed_spans")}
 PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
 # Settings in which the runs of one group may differ. All others make groups. A recipe is a name for other settings.
-OF_A_RUN = {
+FREE_IN_GROUP = {
     *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "output_dir"),
     *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
     *VARIANTS,
@@ -226,7 +226,7 @@ def _shared(content: dict) -> str:
     settings = {"num_processes": 1} | content["settings"]
     if settings.get("documents") == "auto":
         settings["documents"] = None
-    return json.dumps({name: value for name, value in sorted(settings.items()) if name not in OF_A_RUN and value})
+    return json.dumps({name: value for name, value in sorted(settings.items()) if name not in FREE_IN_GROUP and value})
 
 
 def _of_its_sweep(content: dict) -> str:

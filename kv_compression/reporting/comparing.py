@@ -151,7 +151,7 @@ def describe(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_claim_1(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline at every ratio that both have, a row each."""
+    """KV compression against every baseline at every ratio that both have, one row each."""
     found = points(group, protocol)
     nats, removed = by_point(found), {key: own.mean() for key, own in by_point(found, "removed_fraction").items()}
     rows = []
@@ -196,7 +196,7 @@ def _judge(comparison: str, baseline: str, ratio: float, kv: pd.Series, others: 
 
 
 def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
-    """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
+    """KV compression's continuations against every baseline's, document by document: one row per metric and ratio."""
     scores = scores[scores.variant == ""]
     found = of_protocol(scores, protocol)
     rows = []
