@@ -1,6 +1,6 @@
 """How the quick start ends: one plot, one continuation, the finding in two sentences, and what to type next.
 
-Reads what run_clm.py and generate_c4.py have left in the folders that are named; the finding is computed from that.
+Reads what run_clm.py and generate_c4.py have written to the folders on the command line, and computes the finding.
 """
 
 import math
@@ -62,7 +62,7 @@ def finding(runs: dict[tuple[str, str], dict]) -> str:
 
 
 def continuation(path: Path) -> str:
-    """The first document of a generation file: its prefix's end, how it goes on, and its first continuation."""
+    """The first document of a generation file: the end of its prefix, the original text, and its first continuation."""
     found = next((record for record in records.usable(records.read(path)[0]) if record["continuations"]), None)
     if found is None:
         raise RunError(f"{path} holds no continuation")
