@@ -259,7 +259,7 @@ class SentinelCache(Cache):
         pad = torch.nn.utils.rnn.pad_sequence
         for name in ("kinds", "positions", "visible_from"):
             held = [values[row] for values, row in zip(getattr(self, name), rows)]
-            empty = DROPPED if name == "kinds" and self.rule.uses_sentinels else 0
+            empty = DROPPED if name == "kinds" and isinstance(self.rule, KVCompression) else 0
             setattr(self, name, pad(held, batch_first=True, padding_value=empty))
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
@@ -280,7 +280,7 @@ class SentinelCache(Cache):
         project.)
         """
         decoder = decoder_of(model) if model is not None else self._decoder and self._decoder()
-        if not self.rule.uses_sentinels or decoder is None or not self.slots:
+        if not isinstance(self.rule, KVCompression) or decoder is None or not self.slots:
             raise ValueError("only a cache for KV compression that a model has filled can compress a span")
         batch, device = len(self.kinds), self.kinds.device
         first = torch.as_tensor(first, device=device).expand(batch)
@@ -346,7 +346,8 @@ class SentinelCache(Cache):
         if count:
             if bool(self.digest.any()):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
-            text = self.real & (self.kinds == TEXT) if self.rule.uses_sentinels else self.real
+            folds = isinstance(self.rule, KVCompression)
+            text = self.real & (self.kinds == TEXT) if folds else self.real
             self.text_read = self.text_read - text[:, -count:].sum(-1)
             self.real_read = self.real_read - self.real[:, -count:].sum(-1)
             self._truncate(self.slots - count)
