@@ -128,7 +128,7 @@ def test_files_that_generate_c4_did_not_write_are_kept(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (["--method", "full_attention", "--bound_ratio", "0.5"], 2, "leave --bound_ratio away"),
+        (["--method", "full_attention", "--bound_ratio", "0.5"], 2, "leave out --bound_ratio"),
         (["--max_span_length", "2", "--bound_ratio", "0.6", "--output_file", "{tmp}/x.jsonl"], 2, "can remove"),
         (["--seed", "5"], 2, "--overwrite"),
         (["--docs_file", "nowhere.jsonl"], 2, "--docs_file nowhere.jsonl: no such file"),
@@ -320,6 +320,8 @@ def shared(runs, tiny_model):
     weights = safetensors.torch.load_file(folder / "scorer" / "model.safetensors")
     del weights["gpt_neox.final_layer_norm.bias"]
     safetensors.torch.save_file(weights, folder / "scorer" / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "scorer" / "config.json").read_text())
+    (folder / "scorer" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     scorer = ["--fluency_model", folder / "scorer"]
     assert run(eval_generation, folder / "one", *scorer) == 0
     programs = [

@@ -21,7 +21,7 @@ from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.reading import prefill
 from kv_compression.sharing.export import export
 from kv_compression.training import loading
@@ -87,7 +87,7 @@ def expected_logits(folder: str, ids: list[int]) -> torch.Tensor:
     """The logits of the run's own model under the rule of its own settings."""
     _, model, settings = loading.load_run(folder, "no")
     sentinels = loading.results_of_run(folder)["sentinels"] or {"cl_id": -1, "cr_id": -1}
-    with compressed_attention(model, rule=rule_of(settings, **sentinels)):
+    with Patch(model, rule_of(settings, **sentinels)):
         return logits_of(model, ids)
 
 
@@ -259,7 +259,7 @@ def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):
     shutil.copytree(runs("options"), stand_in.root / "models/someone/run")
     model = transformers.AutoModelForCausalLM.from_pretrained(bases["options"])
     with kvc.attach(model, "someone/run", revision="main") as patch:
-        assert patch.rule == api.rule_of(api.results_of(runs("options")))
+        assert patch.rule == api.rule_of_run(api.results_of(runs("options")))
     with pytest.raises(RunError, match=r"there is no results\.json of someone/else on the Hugging Face hub"):
         kvc.attach(model, "someone/else")
     with pytest.raises(RunError, match="someone/run"):
@@ -410,7 +410,7 @@ def python_blocks(page: str, heading: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "heading"), [("README.md", "The library"), ("docs/library.md", "A trained run")])
 def test_the_example_runs_on_a_run_of_the_embedded_preset(tiny_run, tiny_model, tmp_path, page, heading):
-    """As a user runs it: a folder of run_clm.py, a program of its own, no network; only folder and text are others."""
+    """As a user runs the snippet, without a network, on a folder that run_clm.py has written and another text."""
     home = tmp_path / "cache" / "kv_compression"
     home.mkdir(parents=True)
     shutil.copytree(

@@ -530,13 +530,14 @@ def test_as_a_program_that_is_told_to_end(tiny, tmp_path):
     ) as process:
         try:
             training = tmp_path / "full_attention_0.0" / "train.log"
-            wait_until(lambda: training.exists() and "step" in training.read_text())
-            again = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
+            wait_until(lambda: training.exists() and " loss " in training.read_text())
+            assert workers.is_locked(tmp_path / "full_attention_0.0" / "run.lock")
         finally:
             process.terminate()
         out, err = process.communicate()
     assert process.returncode == 130
     assert out.splitlines()[0].startswith("full_attention_0.0 (1 of ")
-    assert err.splitlines()[-1] == "interrupted: the same command continues"
-    assert "full_attention_0.0 " not in again.stdout.replace("\n", " ")
+    *_, of_the_run, of_the_sweep = err.splitlines()
+    assert of_the_run.startswith("error: interrupted after step ")
+    assert of_the_sweep == "interrupted: the same command continues"
     assert list((tmp_path / "full_attention_0.0" / "checkpoints").iterdir())

@@ -1,7 +1,7 @@
 """Who sees whom: one file a method, named as the method, and what a mask costs.
 
-`METHODS` maps every method's name to its rule: each module here that defines a rule of its own name is found by itself.
-`NAMES` are the names alone, which need no torch.
+`METHODS` maps every method's name to its rule. Each module here that defines a rule of the module's name is found
+automatically. `NAMES` are the names alone, which need no torch.
 """
 
 import dataclasses

@@ -49,11 +49,11 @@ def parse(description: str, parse_run: ParseRun) -> tuple[argparse.Namespace, di
 def _parser(description: str) -> Parser:
     parser = Parser(description=description, epilog="Any other flag is passed on to run_clm.py.", allow_abbrev=False)
     add = parser.add_argument_group("runs").add_argument
-    add("--methods", nargs="+", type=several(str), help="besides full attention (all)")
+    add("--methods", nargs="+", type=several(str), help="methods to run besides full attention (all)")
     add("--ratios", nargs="+", type=several(ratio), help="compression ratios (0.1 0.2 … 0.9)")
-    add("--seeds", nargs="+", type=several(int), help="(0)")
+    add("--seeds", nargs="+", type=several(int), help="seeds of the runs (0)")
     add("--protocols", nargs="+", type=several(str), help="paper, matched or both (the preset's)")
-    add("--preset", choices=["auto", "paper", "embedded"], default="auto", help="(auto)")
+    add("--preset", choices=["auto", "paper", "embedded"], default="auto", help="as for run_clm.py (auto)")
     add("--claims", nargs="+", type=several(int), help="1 fine-tunes; 1,2 also generates and scores text (1)")
     add("--folder", help="where the runs go (output/sweep/<preset>)")
     add = parser.add_argument_group("where they run (default: one after another, here)").add_argument
@@ -70,11 +70,11 @@ def _parser(description: str) -> Parser:
     add("--dry-run", action="store_true", help="print one shell line per missing run, for any other scheduler")
     add = parser.add_argument_group("claim 2").add_argument
     add("--docs_file", help="local documents, as for generate_c4.py")
-    add("--num_documents", type=positive, help="(200)")
-    add("--num_continuations", type=positive, help="of each document (8)")
+    add("--num_documents", type=positive, help="documents to continue (200)")
+    add("--num_continuations", type=positive, help="continuations of each document (8)")
     add("--generation_batch_size", type=positive, dest="batch_size", help="documents at a time (4)")
-    add("--prefix_words", type=positive, help="(128)")
-    add("--continuation_words", type=positive, help="(64)")
+    add("--prefix_words", type=positive, help="words of a document to read (128)")
+    add("--continuation_words", type=positive, help="words to generate (64)")
     add("--compress_generated", action="store_true", default=None, help="compress the generated text, too")
     return parser
 
