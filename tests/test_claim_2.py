@@ -320,6 +320,8 @@ def shared(runs, tiny_model):
     weights = safetensors.torch.load_file(folder / "scorer" / "model.safetensors")
     del weights["gpt_neox.final_layer_norm.bias"]
     safetensors.torch.save_file(weights, folder / "scorer" / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "scorer" / "config.json").read_text())
+    (folder / "scorer" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     scorer = ["--fluency_model", folder / "scorer"]
     assert run(eval_generation, folder / "one", *scorer) == 0
     programs = [

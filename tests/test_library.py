@@ -194,7 +194,7 @@ def test_a_window_gives_way_where_the_text_is_short(tiny_model):
     assert cache.length == read - round(0.8 * read) + 101
 
 
-def test_a_text_is_read_without_the_end_that_a_tokenizer_puts_behind_it(tiny_model):
+def test_a_text_is_read_without_the_end_that_a_tokenizer_adds(tiny_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     plain, end = len(tokenizer(TEXT)["input_ids"]), tokenizer.eos_token_id
@@ -311,7 +311,7 @@ def test_bad_requests_take_one_line_and_change_nothing(runs, bases, tmp_path):
     [{"sentinels": None}, {"sentinels": {"cl_id": "x", "cr_id": 1}}, {"sentinels": {"cl_id": -5, "cr_id": 1}}]
     + [{"method": "magic"}, {"settings": []}, {"settings": {"sink_tokens": "three"}}, {"bound_ratio": 7}],
 )
-def test_damaged_results_are_told(runs, bases, tmp_path, change):
+def test_damaged_results_are_reported(runs, bases, tmp_path, change):
     results = api.results_of(runs("kv")) | change
     (tmp_path / "results.json").write_text(json.dumps(results))
     model = transformers.AutoModelForCausalLM.from_pretrained(bases["kv"])

@@ -71,10 +71,10 @@ def test_records_that_serve_nobody_are_not_usable():
     assert records.usable([RECORD, *(RECORD | change for change in wrong)]) == [RECORD]
 
 
-def test_what_is_told_wrongly_is_named(tmp_path):
-    for told in ({"method": ["x"]}, {"bound_ratio": "0.5"}, {"preset": {}}, {"documents_sha256": 1}):
-        (tmp_path / "x.about.json").write_text(json.dumps(ABOUT | told))
-        with pytest.raises(RunError, match=f"x.about.json is damaged: {next(iter(told))}"):
+def test_wrong_fields_are_named(tmp_path):
+    for wrong in ({"method": ["x"]}, {"bound_ratio": "0.5"}, {"preset": {}}, {"documents_sha256": 1}):
+        (tmp_path / "x.about.json").write_text(json.dumps(ABOUT | wrong))
+        with pytest.raises(RunError, match=f"x.about.json is damaged: {next(iter(wrong))}"):
             records.read_about(tmp_path / "x.jsonl")
 
 

@@ -8,7 +8,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from kv_compression.api import attach
 from kv_compression.generation import comparing, records, scoring
@@ -25,6 +27,7 @@ from kv_compression.io.results import RESULTS, write_json, write_text
 from kv_compression.io.tables import csv_table
 from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.full_attention import FullAttention
+from kv_compression.methods.rule import Rule
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
 from kv_compression.settings import OPTIONS_OF_METHODS, Settings
 from kv_compression.spans.plan import plan_of
@@ -65,10 +68,10 @@ def generate(request: GenerationRequest) -> str:
 class Work:
     """A trained run, loaded, and the documents that it continues; `prefixes` are token ids by document."""
 
-    tokenizer: object
-    model: object
+    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module
     settings: Settings
-    rule: object
+    rule: Rule
     sampler: Sampler
     precision: str
     documents: list[Document]

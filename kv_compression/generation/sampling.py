@@ -71,17 +71,17 @@ def continue_documents(
     texts = [_cut(tokenizer, row, sampler) for row in tokens]
     seconds = (time.perf_counter() - start) / len(rows)
     for number, (document, row) in enumerate(zip(documents, rows)):
-        own = slice(number * sampler.continuations, (number + 1) * sampler.continuations)
+        rows_of_document = slice(number * sampler.continuations, (number + 1) * sampler.continuations)
         yield {
             "index": document.index,
             "prefix": document.prefix,
             "reference": document.reference,
-            "continuations": texts[own],
+            "continuations": texts[rows_of_document],
             "prefix_tokens": int(rule.text(torch.tensor([row])).sum()),
             "cache_length": lengths[number],
             "cache_bytes": round(lengths[number] * slot_bytes),
-            "short_continuations": sum(cut_words(text, sampler.words) is None for text in texts[own]),
-            "new_tokens": sum(map(len, tokens[own])),
+            "short_continuations": sum(cut_words(text, sampler.words) is None for text in texts[rows_of_document]),
+            "new_tokens": sum(map(len, tokens[rows_of_document])),
             "seconds": seconds,
         }
 
