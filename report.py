@@ -1,6 +1,6 @@
 """Everything that was measured below a folder as report.md, CSV tables and plots, with a verdict on each claim.
 
-Parses flags, calls `kv_compression.report`, prints where the report is.
+Parses flags, calls `kv_compression.reporting`, prints where the report is.
 """
 
 import sys
@@ -23,14 +23,16 @@ def parse(argv: list[str] | None = None):
 def main() -> None:
     """Collect, compare, write."""
     flags = parse()
-    quiet_libraries()
-    from kv_compression.reporting import collecting, writing
-
-    folder = Path(flags.folder)
+    folder = Path(flags.folder)  # looked for before the seconds that the imports take
+    if not folder.exists():
+        raise UsageError(f"{folder}: no such folder")
     if folder.is_file():
         if folder.suffix != ".json":
             raise UsageError(f"{folder} is a file: name the folder where results lie, at any depth")
         folder = folder.parent
+    quiet_libraries()
+    from kv_compression.reporting import collecting, writing
+
     found = collecting.collect(folder)
     path = writing.write(found, Path(flags.output_dir or folder))
     print(f"{found.summary()}: {path}")

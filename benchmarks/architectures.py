@@ -35,7 +35,7 @@ from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.rule import Rule, dense_mask
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import GROUPED, compressed_attention
+from kv_compression.model.attention import GROUPED, Patch
 from kv_compression.model.cache import SentinelCache
 
 CL, CR = 61, 62
@@ -196,7 +196,7 @@ class Checks:
         return float((one - other).abs().nan_to_num(float("inf")).max() / self.plain.abs().max())
 
     def accepted(self) -> None:
-        with compressed_attention(self.model, rule=Rule()):
+        with Patch(self.model, Rule()):
             pass
 
     def full_attention(self) -> float:
@@ -214,15 +214,15 @@ class Checks:
                 expected = self.model(TEXT, use_cache=True).logits
         except Exception:
             return None  # it cannot do that untouched
-        with torch.no_grad(), compressed_attention(self.model, rule=Rule()):
+        with torch.no_grad(), Patch(self.model, Rule()):
             return self.apart(self.model(TEXT, use_cache=True).logits, expected)
 
     def one_pass(self, rule: Rule, ids: Tensor, **kwargs) -> Tensor:
-        with compressed_attention(self.model, rule=rule):
+        with Patch(self.model, rule):
             return one_pass(self.model, ids, **kwargs)
 
     def cached(self, rule: Rule, ids: Tensor, pieces: list[int]) -> float:
-        with compressed_attention(self.model, rule=rule):
+        with Patch(self.model, rule):
             read, _ = in_pieces(self.model, ids, rule, pieces)
             return self.apart(read, one_pass(self.model, ids))
 
@@ -233,7 +233,7 @@ class Checks:
         at = slice(LENGTH - short.shape[1], LENGTH) if side == "left" else slice(0, short.shape[1])
         ids[1], real[1] = 0, 0
         ids[1, at], real[1, at] = short[0], 1
-        with compressed_attention(self.model, rule=Rule()):
+        with Patch(self.model, Rule()):
             rows = [one_pass(self.model, row)[0] for row in (TEXT, short)]
             if cache:
                 both = in_pieces(self.model, ids, Rule(), PIECES, real)[0]
@@ -243,7 +243,7 @@ class Checks:
 
     def keys_left(self) -> float:
         """0 if the closed spans have left the cache, else the number of keys too many."""
-        with compressed_attention(self.model, rule=KV):
+        with Patch(self.model, KV):
             _, cache = in_pieces(self.model, COMPRESSED, KV, PIECES)
         gone = sum(last - first for first, last in SPANS)  # a span's text and its <CL>
         return float(max(cache.length - (LENGTH - gone), 0))
@@ -256,7 +256,7 @@ class Checks:
             other = tiny_model(self.verdict.name, implementation).to(self.plain.dtype)
         except Exception:
             return None  # transformers itself refuses it
-        with compressed_attention(other, rule=KV):
+        with Patch(other, KV):
             return self.apart(one_pass(other, COMPRESSED), self.one_pass(KV, COMPRESSED))
 
     def keys_read(self, name: str, rule: Rule, ids: Tensor) -> float:
@@ -267,7 +267,7 @@ class Checks:
         """
         if self.own is None:
             self.own = keys_read(with_gradients(layer_calls(self.model, TEXT)), range(LENGTH))
-        with compressed_attention(self.model, rule=rule):
+        with Patch(self.model, rule):
             patched = with_gradients(layer_calls(self.model, ids))
         if not patched or len(patched) != len(self.own):
             raise RuntimeError("its layers were not found")
@@ -290,7 +290,7 @@ class Checks:
         """How many other tokens change what the first layer is given at a token."""
         other = COMPRESSED.clone()
         other[0, 22] = 5 if other[0, 22] != 5 else 6
-        with compressed_attention(self.model, rule=KV):
+        with Patch(self.model, KV):
             given = [layer_calls(self.model, ids)[0][1] for ids in (COMPRESSED, other)]
         moved = (given[0] - given[1]).detach().abs().movedim(token_axis(given[0]), 0).flatten(1).amax(1) > 0
         return float(moved.sum() - moved[22].long())

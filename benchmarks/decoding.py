@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.model.reading import prefill
 from kv_compression.spans.exact import exact_spans
@@ -145,7 +145,7 @@ def measure(model, length: int, steps: int) -> list[dict]:
     rows[0]["step_s"] = decode(model, cache, steps)
     for ratio in RATIOS:
         ids = marked(tokens, ratio)
-        with compressed_attention(model, rule=KV):
+        with Patch(model, KV):
             cache = compressed(model, ids)
             entry = row("SentinelCache", ratio, length, cache.length, cache.bytes)
             entry["prefill_s"] = seconds(lambda ids=ids: compressed(model, ids), repeats)
@@ -187,7 +187,7 @@ def largest_batch(model, ratio: float, context: int = 2048) -> dict:
     def attempt(batch: int) -> float | None:
         torch.cuda.empty_cache()
         try:
-            with torch.no_grad(), compressed_attention(model, rule=KV):
+            with torch.no_grad(), Patch(model, KV):
                 ids = marked(text(1, context, "cuda"), ratio)
                 cache = compressed(model, ids, chunk=128)
                 cache.batch_repeat_interleave(batch)

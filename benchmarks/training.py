@@ -48,7 +48,7 @@ from kv_compression.methods.rule import Rule, block_mask, dense_mask, in_order
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.model import lora
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.settings import Settings
 from kv_compression.spans.exact import exact_spans
 from kv_compression.spans.plan import SpanPlan
@@ -173,7 +173,7 @@ def our_step(blocks: Blocks, size: int, shape: tuple[int, int, int], flags: dict
     prepared.token_losses.train()
     rule = KVCompression(CL, CR) if sentinels else FullAttention()
     causal_kernel = settings.method == "full_attention" and settings.attn_implementation == "sdpa"
-    patch = None if causal_kernel else compressed_attention(model, rule=rule).__enter__()
+    patch = None if causal_kernel else Patch(model, rule).__enter__()
     number = 0
 
     def step():
@@ -269,7 +269,7 @@ def grown(rule: Rule, length: int, batch: int, steps: int) -> dict:
         def action():
             with (
                 torch.set_grad_enabled(back),
-                nullcontext() if rule is None else compressed_attention(model, rule=rule),
+                nullcontext() if rule is None else Patch(model, rule),
             ):
                 states = model(ids, use_cache=False).last_hidden_state
                 if back:

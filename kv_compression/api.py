@@ -25,7 +25,7 @@ from kv_compression.methods.ratio import entries_to_remove, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
-from kv_compression.model.attention import Patch, patch
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.model.following import GenerateGuard
 from kv_compression.model.reading import as_batch, prefill
@@ -127,7 +127,7 @@ def attach(model: nn.Module, source=None, *, rule: Rule | None = None, revision:
     else:
         kind = type(source).__name__
         raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {kind} (a rule goes in rule=…)")
-    attached = patch(model, rule=rule)
+    attached = Patch(model, rule)
     attached._hooks.append(GenerateGuard(causal_lm_of(model)))
     return attached
 
@@ -149,7 +149,7 @@ def _new_rule(options: dict) -> KVCompression:
 def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> Rule:
     """Give a model the rows of a run's sentinels; returns the run's rule, or `rule` with the run's sentinels."""
     results = results_of(run, revision)
-    trained = rule_of(results, run)
+    trained = rule_of_run(results, run)
     rule = trained if rule is None else rule
     refuse_if_patched(model)
     if trained.uses_sentinels:
@@ -209,7 +209,7 @@ def results_of(source: str, revision: str | None = None) -> dict:
     return results
 
 
-def rule_of(results: dict, source="the run") -> Rule:
+def rule_of_run(results: dict, source="the run") -> Rule:
     """The rule that a run's model was trained and scored under, for text of one document. RunError if it is damaged."""
     try:
         method = METHODS[results["method"]]

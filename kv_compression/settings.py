@@ -197,7 +197,7 @@ class Settings:
         for one in fields(self):
             flags.check(one.name, getattr(self, one.name), one.type, ABOUT[one.name])
         if self.method == "full_attention" and self.bound_ratio:
-            raise UsageError("full attention compresses nothing: leave --bound_ratio away")
+            raise UsageError("full attention compresses nothing: leave out --bound_ratio")
         if self.protocol == "paper" and self.block_size < 8:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:

@@ -1,4 +1,4 @@
-"""A program for the tests of `kv_compression.processes`: what two processes do, told in a folder, a file a process."""
+"""A program for the tests of `io.processes`: what two processes do, told in a folder, a file a process."""
 
 import json
 import sys

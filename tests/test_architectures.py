@@ -32,7 +32,7 @@ def test_it_is_right_or_says_why_not(name):
 
 
 def test_a_patch_that_does_nothing_is_found_out(monkeypatch):
-    monkeypatch.setattr(architectures, "compressed_attention", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(architectures, "Patch", lambda *args, **kwargs: nullcontext())
     verdict = architectures.Checks("llama").run()
     assert verdict.status == "wrong"
     assert {"keys: kv", "keys: local"} <= set(verdict.wrong)

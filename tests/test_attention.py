@@ -11,7 +11,7 @@ from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import compressed_attention, patch
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from tests import slow_rules
 from tests.layouts import CL, CR
@@ -38,7 +38,7 @@ def expected_logits(model, ids: list[int]) -> torch.Tensor:
 def test_the_patch_derives_mask_and_positions_from_the_tokens(architecture):
     model = random_model(architecture)
     plain = model(IDS).logits
-    with torch.no_grad(), compressed_attention(model, CL, CR):
+    with torch.no_grad(), Patch(model, KVCompression(CL, CR)):
         patched = model(IDS).logits
         by_name = model(input_ids=IDS, use_cache=False).logits
     expected = torch.cat([expected_logits(model, row) for row in IDS.tolist()])
@@ -65,7 +65,7 @@ def test_implementations_agree_forward_and_backward(architecture, rule, flex_att
     logits, gradients = {}, {}
     for implementation in ("eager", "sdpa", "grouped", "flex_attention", "sorted_flex_attention"):
         model = random_model(architecture, implementation)
-        with compressed_attention(model, rule=rule):
+        with Patch(model, rule):
             logits[implementation] = model(IDS, use_cache=False).logits
             logits[implementation].square().mean().backward()
         gradients[implementation] = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -81,7 +81,7 @@ def test_compiled_flex_attention_agrees_on_a_gpu():
     results = []
     for implementation in ("sdpa", "flex_attention", "sorted_flex_attention"):
         model = random_model("wide_llama", implementation).cuda()
-        with compressed_attention(model, CL, CR):
+        with Patch(model, KVCompression(CL, CR)):
             logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()
         results.append((logits, model.get_input_embeddings().weight.grad))
@@ -97,7 +97,7 @@ def test_padding_on_the_right_changes_nothing(architecture, implementation):
     padded[1, 15:] = 0
     real = torch.ones_like(padded)
     real[0, 20:], real[1, 15:] = 0, 0
-    with torch.no_grad(), compressed_attention(model, CL, CR):
+    with torch.no_grad(), Patch(model, KVCompression(CL, CR)):
         logits = model(padded, attention_mask=real).logits
         torch.testing.assert_close(logits[:1, :20], model(IDS[:1]).logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits[1:, :15], model(IDS[1:, :15]).logits, rtol=1e-4, atol=1e-5)
@@ -115,7 +115,7 @@ def test_baselines_use_their_own_masks():
         elif isinstance(rule, ScatteredAttention):
             allowed = rule.visible(IDS[:1])(torch.tensor(0), 0, torch.arange(20)[:, None], torch.arange(20)[None])
         additive = torch.zeros(20, 20).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
-        with torch.no_grad(), compressed_attention(model, rule=rule):
+        with torch.no_grad(), Patch(model, rule):
             patched = model(IDS[:1]).logits
         torch.testing.assert_close(patched, model(IDS[:1], attention_mask=additive).logits, rtol=1e-4, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_baselines_use_their_own_masks():
 def test_a_compressed_span_reaches_later_text_only_through_its_cr():
     model = random_model("llama").double()
     ids = torch.tensor([[5, CL, 7, 8, 9, CR, 4, 6]])
-    with compressed_attention(model, CL, CR), torch.no_grad():
+    with Patch(model, KVCompression(CL, CR)), torch.no_grad():
         base = model(ids).logits[0, -1]
         without_cr = model(torch.tensor([[5, CL, 7, 8, 9, 4, 6]])).logits[0, -1]
         changed = ids.clone()
@@ -135,7 +135,7 @@ def test_a_compressed_span_reaches_later_text_only_through_its_cr():
     states = embedding(ids).detach().requires_grad_()
     handle = embedding.register_forward_hook(lambda *_: states)
     model.model.layers = model.model.layers[:1]  # what one layer reads directly
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         gradient = torch.autograd.grad(model(ids, use_cache=False).logits[0, -1].sum(), states)[0][0]
     handle.remove()
     reached = gradient.abs().sum(-1) > 0
@@ -146,24 +146,22 @@ def test_patching_before_or_after_peft_is_the_same():
     ids = IDS[:1]
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
     model = random_model("gpt_neox")
-    with torch.no_grad(), compressed_attention(model, CL, CR):
+    with torch.no_grad(), Patch(model, KVCompression(CL, CR)):
         expected = model(ids).logits
     adapted = peft.get_peft_model(model, config)
-    handle = patch(adapted, CL, CR)
+    handle = Patch(adapted, KVCompression(CL, CR))
     with torch.no_grad():
         torch.testing.assert_close(adapted(input_ids=ids).logits, expected)
     with pytest.raises(ValueError, match="patched already"):
-        patch(adapted, CL, CR)
+        Patch(adapted, KVCompression(CL, CR))
     handle.remove()
     handle.remove()
-    patch(adapted, rule=Rule()).remove()
+    Patch(adapted, Rule()).remove()
 
 
 def test_what_a_patched_model_cannot_know_is_refused():
     model = random_model("gpt_neox", "sdpa")
-    with pytest.raises(ValueError, match="either"):
-        patch(model)
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         with pytest.raises(ValueError, match="input_ids"):
             model(inputs_embeds=torch.zeros(1, 4, 32))
         with pytest.raises(ValueError, match="padding"):
@@ -213,10 +211,10 @@ def test_layers_keep_their_own_windows_and_chunks(kind, implementation):
     exact = implementation != "eager" and kind in ("mistral", "qwen2")  # others compute parts in fp32
     tolerance = 1e-9 if exact else 1e-5
     plain = model(ids, use_cache=False).logits
-    with compressed_attention(model, rule=FullAttention()):
+    with Patch(model, FullAttention()):
         assert (model(ids, use_cache=False).logits - plain).abs().max() < tolerance
     for rule in (KVCompression(CL, CR), KVCompression(CL, CR, sink_tokens=1, recent_tokens=3), *BASELINES):
-        with compressed_attention(model, rule=rule):
+        with Patch(model, rule):
             one_pass = model(IDS, use_cache=False).logits
             cache = SentinelCache(rule=rule)
             cached = [model(part, past_key_values=cache).logits for part in IDS.split([7, 1, 1, 6, 5], dim=1)]
@@ -230,7 +228,7 @@ def test_a_layer_window_counts_text_and_is_within_the_rule():
     model.model.layers = model.model.layers[:1]
     ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9, CL, 10, 11, CR, 12, 13]])
     positions = slow_rules.positions(ids[0].tolist(), CL, CR)
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         base = model(ids, use_cache=False).logits[0, -1]
         for k in range(12):
             changed = ids.clone()
@@ -256,7 +254,7 @@ def test_architectures_that_cannot_be_right_are_refused_by_name(kind):
     config = transformers.AutoConfig.for_model(kind, vocab_size=64, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"{kind} cannot be patched.*") as caught:
-        patch(model, CL, CR)
+        Patch(model, KVCompression(CL, CR))
     assert reason in str(caught.value)
 
 
@@ -264,12 +262,12 @@ def test_an_architecture_that_nobody_has_checked_is_refused():
     model = random_model("llama")
     model.config.model_type = "llama_of_mine"
     with pytest.raises(ValueError, match="llama_of_mine cannot be patched: nobody has checked it"):
-        patch(model, CL, CR)
+        Patch(model, KVCompression(CL, CR))
 
 
 def test_an_implementation_that_takes_no_mask_is_refused():
     model = random_model("llama", "sdpa")
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         model.config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match="flash_attention_2 takes no mask"):
             model(IDS)
@@ -279,7 +277,7 @@ def test_an_implementation_that_takes_no_mask_is_refused():
 def test_a_text_longer_than_the_model_has_positions_is_refused():
     model = random_model("opt", "sdpa")  # 96 positions
     ids = torch.full((1, 96), 5)
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         model(ids)
         model(torch.tensor([[5] * 90 + [CL, *[6] * 6, CR]]))  # sentinels take no position
         with pytest.raises(UsageError, match="97 tokens, more than the model's 96 positions"):
@@ -288,6 +286,21 @@ def test_a_text_longer_than_the_model_has_positions_is_refused():
         model(ids, past_key_values=cache)
         with pytest.raises(UsageError, match="97 tokens, more than the model's 96 positions"):
             model(torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_padding_takes_no_position_of_a_text_that_follows_a_cache():
+    model, cache = random_model("opt", "sdpa"), SentinelCache(CL, CR)  # 96 positions
+    ids, real = torch.full((2, 80), 5), torch.ones(2, 80, dtype=torch.long)
+    real[1, 40:] = 0
+    with Patch(model, KVCompression(CL, CR)):
+        model(ids, attention_mask=real, past_key_values=cache)
+        new = torch.ones(2, 50, dtype=torch.long)
+        new[0, :-16] = 0
+        model(torch.full((2, 50), 6), attention_mask=new, past_key_values=cache)
+        assert cache.text_read.tolist() == [96, 90]
+        with pytest.raises(UsageError, match="97 tokens"):
+            model(torch.full((2, 1), 6), past_key_values=cache)
 
 
 def test_a_window_of_any_size_is_a_window():
@@ -301,14 +314,14 @@ def test_a_window_of_any_size_is_a_window():
 @torch.no_grad()
 def test_a_patch_is_in_effect_in_a_model_that_was_compiled_before(compile_it):
     model = random_model("llama", "sdpa")
-    with compressed_attention(model, CL, CR):
+    with Patch(model, KVCompression(CL, CR)):
         expected = model(IDS, use_cache=False).logits
     if compile_it is None:
         model.compile(backend="eager")
     compiled = compile_it(model) if compile_it else model
     plain = compiled(IDS, use_cache=False).logits
     for _ in range(2):
-        with compressed_attention(model, CL, CR):
+        with Patch(model, KVCompression(CL, CR)):
             torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, plain)
 
@@ -317,5 +330,5 @@ def test_a_patch_is_in_effect_in_a_model_that_was_compiled_before(compile_it):
 def test_values_may_be_narrower_than_keys(implementation):
     expected = random_model("deepseek_v2", "eager")
     found = random_model("deepseek_v2", implementation)
-    with torch.no_grad(), compressed_attention(expected, CL, CR), compressed_attention(found, CL, CR):
+    with torch.no_grad(), Patch(expected, KVCompression(CL, CR)), Patch(found, KVCompression(CL, CR)):
         torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.ratio import share_to_remove
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.budget import Budget
 from kv_compression.model.cache import SentinelCache
 from tests import slow_rules
@@ -83,7 +83,7 @@ def chunk_sizes(draw_from: int, length: int) -> list[int]:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_cached_evicted_chunked_reading_equals_the_masked_forward_pass(architecture, rule, dtype):
     model = MODELS[architecture, dtype]
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         for seed in range(4):
             ids = torch.tensor([span_layout(60, seed, getattr(rule, "cr_tokens", 1))])
             full = model(ids, use_cache=False).logits
@@ -98,7 +98,7 @@ def test_ragged_batches_equal_their_rows_alone(architecture, rule, dtype):
     model = MODELS[architecture, dtype]
     rows = [span_layout(length, length, getattr(rule, "cr_tokens", 1)) for length in (20, 45, 60)]
     ids, real = padded(rows)
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         logits, cache = in_chunks(model, ids, rule, chunk_sizes(7, 99), real)
         for number, row in enumerate(rows):
             alone = model(torch.tensor([row]), use_cache=False).logits[0]
@@ -117,7 +117,7 @@ def test_any_variant_on_any_layout_in_any_chunks(variant, size):
     """What is held at the end is what the restated rule says a later token could see."""
     rule, options, ids = variant
     model = MODELS["llama", torch.float64]
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         full = model(torch.tensor([ids]), use_cache=False).logits
         logits, cache = in_chunks(model, torch.tensor([ids]), rule, [size] * 99)
     assert (logits - full).abs().max() < 1e-9
@@ -137,7 +137,7 @@ def test_any_variant_on_any_layout_in_any_chunks(variant, size):
 def test_any_layout_in_any_chunks(ids, size):
     """Blocks that begin or end inside a span, touching spans, no spans."""
     model = MODELS["llama", torch.float64]
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         full = model(torch.tensor([ids]), use_cache=False).logits
         logits, cache = in_chunks(model, torch.tensor([ids]), KV, [size] * 99)
     assert (logits - full).abs().max() < 1e-9
@@ -152,7 +152,7 @@ def test_any_layout_in_any_chunks(ids, size):
 def test_a_stray_cr_closes_an_empty_span_however_it_is_read(sizes):
     model = MODELS["llama", torch.float64]
     ids = torch.tensor([[5, 6, CL, 7, 8, CR, 9, CR, 11, CR, 12, CL, 13, CR]])
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         full = model(ids, use_cache=False).logits
         logits, cache = in_chunks(model, ids, KV, sizes + [4] * 9)
     assert (logits - full).abs().max() < 1e-9
@@ -164,7 +164,7 @@ def test_memory_is_freed_in_proportion():
     sizes = {}
     for spans in (0, 3, 6):
         ids = [3] * 10 + [CL, *[4] * 9, CR] * spans + [5] * (9 * (6 - spans))
-        with compressed_attention(model, rule=KV):
+        with Patch(model, KV):
             _, cache = in_chunks(model, torch.tensor([ids]), KV, [16] * 99)
         assert cache.length == 64 - 8 * spans
         assert cache.removed_fraction == pytest.approx(8 * spans / 64)
@@ -181,7 +181,7 @@ def test_a_cache_holds_as_many_keys_as_are_counted_on_the_mask(rule):
     for seed in range(3):
         ids = torch.tensor([span_layout(60, seed, getattr(rule, "cr_tokens", 1)) + [7] * 20])
         cache, held = SentinelCache(rule=rule), []
-        with compressed_attention(model, rule=rule), torch.no_grad():
+        with Patch(model, rule), torch.no_grad():
             for token, is_text in zip(ids.T, rule.text(ids)[0]):
                 if is_text:
                     held.append(cache.length + 1)
@@ -194,7 +194,7 @@ def test_a_cache_holds_as_many_keys_as_are_counted_on_the_mask(rule):
 def test_local_attention_holds_the_window_at_every_step(ratio):
     model, rule = MODELS["gpt_neox", torch.float32], LocalAttention(ratio=ratio)
     cache = SentinelCache(rule=rule)
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         for step in range(40):
             model(torch.tensor([[5]]), past_key_values=cache)
             assert cache.positions[0].tolist() == list(range(int((step + 1) * ratio), step + 1))
@@ -204,7 +204,7 @@ def test_peak_memory_of_chunked_prefill_follows_the_compressed_length():
     model, most = MODELS["gpt_neox", torch.float32], 0
     cache = SentinelCache(CL, CR)
     ids = torch.tensor([[CL, *[4] * 10, CR] * 8])
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         for chunk in ids.split(12, dim=1):
             model(chunk, past_key_values=cache)
             most = max(most, cache.length)
@@ -217,7 +217,7 @@ def test_folding_a_span_that_was_just_read_equals_reading_it_between_sentinels(a
     model = MODELS[architecture, torch.float64]
     text, crs = list(range(10, 40)), [CR] * rule.cr_tokens
     marked = torch.tensor([[*text[:2], CL, *text[2:6], *crs, *text[6:8], CL, *text[8:20], *crs, *text[20:]]])
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         expected = model(marked, use_cache=False).logits[0, -10:]
         cache = SentinelCache(rule=rule)
         model(torch.tensor([text[:6]]), past_key_values=cache)
@@ -237,7 +237,7 @@ def test_a_fold_does_not_see_sinks_behind_its_span():
     values = []
     for first in (3, 12):
         cache = SentinelCache(rule=rule)
-        with compressed_attention(model, rule=rule), torch.no_grad():
+        with Patch(model, rule), torch.no_grad():
             model(torch.tensor([text[:first]]), past_key_values=cache)
             cache.compress(1, 2)
         values.append(cache.layers[-1].values[0, :, -1])
@@ -248,7 +248,7 @@ def test_rows_may_fold_different_spans_or_none():
     model = MODELS["llama", torch.float64]
     text = torch.randint(3, 60, (3, 24))
     cache = SentinelCache(CL, CR)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         model(text, past_key_values=cache)
         cache.compress([20, 14, 0], [23, 23, -1])
         assert cache.lengths.tolist() == [21, 15, 24]
@@ -282,7 +282,7 @@ GENERATION = {"max_new_tokens": 12, "suppress_tokens": [CL, CR], "pad_token_id":
 def test_greedy_generation_agrees_with_recomputation(architecture, rule):
     model = MODELS[architecture, torch.float64]
     ids = span_layout(30, 5)
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         expected = greedy_by_recomputation(model, ids, 12)
         out = model.generate(
             torch.tensor([ids]), past_key_values=SentinelCache(rule=rule), do_sample=False, **GENERATION
@@ -297,7 +297,7 @@ def test_generation_samples_and_searches_like_a_simulated_cache():
     model = MODELS["llama", torch.float64]
     ids = torch.tensor([span_layout(24, 1)[:24], span_layout(24, 2)[:24]])
     real = torch.ones_like(ids)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         for how in ({"do_sample": True, "top_p": 0.9}, {"num_beams": 3, "do_sample": False}):
             outputs = []
             for arguments in ({"past_key_values": SentinelCache(CL, CR)}, {"use_cache": False}):
@@ -312,7 +312,7 @@ def test_generation_from_left_padded_prompts_and_from_a_kept_prefix():
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     real = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         out = model.generate(
             ids, attention_mask=real, past_key_values=SentinelCache(CL, CR), do_sample=False, **GENERATION
         )
@@ -334,7 +334,7 @@ def test_rows_are_reordered_selected_and_repeated_with_all_that_is_known_of_them
     rows = [span_layout(20, 8), span_layout(31, 9)]
     ids, real = padded(rows)
     more = torch.tensor([[5, 6]])
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         expected = [model(torch.tensor([row + [5, 6]]), use_cache=False).logits[0, -1] for row in rows]
         for change, order in [
             (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
@@ -351,7 +351,7 @@ def test_rows_are_reordered_selected_and_repeated_with_all_that_is_known_of_them
 def test_crop_unreads_plain_tokens_and_refuses_others():
     model = MODELS["llama", torch.float64]
     ids = [5, 6, CL, 7, 8, CR, 9, 10, 11]
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         _, cache = in_chunks(model, torch.tensor([ids]), KV, [6, 3])
         cache.crop(-2)
         assert (cache.get_seq_length(), cache.logical_length, cache.length) == (7, 5, 4)
@@ -373,7 +373,7 @@ def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
     model = MODELS["gpt_neox", torch.float64]
     rows = [span_layout(20, 8), span_layout(31, 9)]
     ids, real = padded(rows)
-    with compressed_attention(model, rule=rule), torch.no_grad():
+    with Patch(model, rule), torch.no_grad():
         _, cache = in_chunks(model, ids, rule, [10] * 99, real)
         cache.save(tmp_path / "prefix.safetensors")
         loaded = SentinelCache.load(tmp_path / "prefix.safetensors")
@@ -395,7 +395,7 @@ def test_a_saved_cache_goes_on_where_it_was(rule, tmp_path):
 def test_values_narrower_than_keys_are_saved_and_read_back(tmp_path):
     model, path = random_model("deepseek_v2", "sdpa", torch.float64), tmp_path / "cache"
     ids, real = padded([span_layout(20, 8), span_layout(31, 9)])
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, ids, KV, [10] * 99, real)
         assert cache.layers[0].keys.shape[3] != cache.layers[0].values.shape[3]
         cache.save(path)
@@ -417,7 +417,7 @@ def test_values_narrower_than_keys_are_saved_and_read_back(tmp_path):
         with pytest.raises(RunError, match=words):
             SentinelCache.load(path)
     write_tensors(path, tensors | {"values.1": values[..., 1:].contiguous()}, note)
-    with compressed_attention(model, rule=KV), pytest.raises(UsageError, match="the cache does not hold keys"):
+    with Patch(model, KV), pytest.raises(UsageError, match="the cache does not hold keys"):
         model(more, past_key_values=SentinelCache.load(path))
 
 
@@ -425,12 +425,12 @@ def test_values_narrower_than_keys_are_saved_and_read_back(tmp_path):
 def test_a_cache_of_another_model_is_refused(tmp_path):
     ids, path = torch.tensor([span_layout(20, 8)]), tmp_path / "cache"
     model = MODELS["gpt_neox", torch.float32]
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, ids, KV, [10] * 99)
     cache.save(path)
     deeper, other = random_model("gpt_neox", "sdpa", layers=3), MODELS["gpt_neox", torch.float64]
     for which in (other, MODELS["llama", torch.float32], deeper, random_model("gpt_neox", "sdpa", layers=1)):
-        with compressed_attention(which, rule=KV), pytest.raises(UsageError, match="the cache"):
+        with Patch(which, KV), pytest.raises(UsageError, match="the cache"):
             which(torch.tensor([[5]]), past_key_values=SentinelCache.load(path))
 
 
@@ -453,7 +453,7 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
 )
 def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change, told, words):
     model, path = MODELS["gpt_neox", torch.float32], tmp_path / "cache"
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, torch.tensor([[3, CL, 4, 5, 6, CR, *range(7, 14)]]), KV, [10] * 99)
     cache.save(path)
     assert cache.slots == 9
@@ -467,7 +467,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path, change, told, words)
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):
     model, path = MODELS["gpt_neox", torch.float32], tmp_path / "cache"
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, torch.tensor([span_layout(20, 8)]), KV, [10] * 99)
     cache.save(path)
     whole = path.read_bytes()
@@ -507,7 +507,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
 def test_a_budget_bounds_the_cache_while_text_is_generated(budget, bound):
     model = MODELS["gpt_neox", torch.float32]
     cache = SentinelCache(CL, CR)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         model(torch.randint(3, 60, (2, 10)), past_key_values=cache)
         for step in range(80):
             logits = model(torch.randint(3, 60, (2, 1)), past_key_values=cache).logits
@@ -531,7 +531,7 @@ def test_a_budget_leaves_a_cache_alone_that_holds_its_share(ratio, length):
     model = MODELS["gpt_neox", torch.float32]
     removed = share_to_remove(length, ratio)
     ids = [CL, *[3] * (removed + 1), CR, *[4] * (length - removed - 1)]
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, torch.tensor([ids]), KV, [64])
         assert cache.length == length - removed
         Budget(ratio=ratio, span_length=2).enforce(cache)
@@ -541,7 +541,7 @@ def test_a_budget_leaves_a_cache_alone_that_holds_its_share(ratio, length):
 def test_the_oldest_keys_are_dropped_wherever_they_lie():
     model = MODELS["gpt_neox", torch.float32]
     cache = SentinelCache(CL, CR)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         model(torch.randint(3, 60, (2, 12)), past_key_values=cache)
         cache.compress(2, 5)  # its key lies behind younger ones, and stands for position 5
         cache.drop_oldest(torch.tensor([3, 0]))
@@ -553,11 +553,11 @@ def test_a_fold_that_fails_leaves_the_cache_as_it_was():
     model = MODELS["llama", torch.float64]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     cache = SentinelCache(CL, CR)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
         model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="not patched"):
         cache.compress(0, 2)
-    with compressed_attention(model, rule=KV), torch.no_grad():
+    with Patch(model, KV), torch.no_grad():
 
         def fail(*_):
             raise RuntimeError("out of memory")
@@ -574,7 +574,7 @@ def test_a_fold_that_fails_leaves_the_cache_as_it_was():
 def test_rows_that_leave_take_their_padding_along():
     model = MODELS["gpt_neox", torch.float32]
     ids, real = padded([[3] * 40, [4] * 4])
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         _, cache = in_chunks(model, ids, KV, [64], real)
     before = cache.bytes
     cache.batch_select_indices(torch.tensor([1]))
@@ -594,7 +594,7 @@ def test_misuse_is_refused():
     for arguments in ({}, {"ratio": 1.5}, {"ratio": 0.5, "span_length": 1}, {"max_length": 10, "span_length": 20}):
         with pytest.raises(ValueError):
             Budget(**arguments)
-    with compressed_attention(model, rule=KV):
+    with Patch(model, KV):
         with pytest.raises(ValueError, match="the cache is for"):
             model(ids, past_key_values=SentinelCache(rule=LocalAttention(ratio=0.5)))
         cache = SentinelCache(CL, CR)
@@ -608,7 +608,7 @@ def test_rows_that_compress_differently_are_followed_as_if_they_were_alone():
     rows = [[5, 6, CL, 7, 8, 9, CR, 10], [11, CL, 12, 13, CR]]
     question = torch.tensor([[20, 21], [22, 23]])
     settings = {"max_new_tokens": 8, "do_sample": False}
-    with compressed_attention(model, rule=KV) as patch:
+    with Patch(model, KV) as patch:
         cache = SentinelCache(rule=patch.rule)
         ids, real = padded(rows)
         model(ids, attention_mask=real, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""Checkpoints as files, and runs that are killed, told to end, or find a damaged one, and go on."""
+"""Checkpoints as files, and runs that resume after a kill, a signal or a damaged checkpoint."""
 
 import errno
 import fcntl

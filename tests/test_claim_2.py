@@ -128,7 +128,7 @@ def test_files_that_generate_c4_did_not_write_are_kept(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (["--method", "full_attention", "--bound_ratio", "0.5"], 2, "leave --bound_ratio away"),
+        (["--method", "full_attention", "--bound_ratio", "0.5"], 2, "leave out --bound_ratio"),
         (["--max_span_length", "2", "--bound_ratio", "0.6", "--output_file", "{tmp}/x.jsonl"], 2, "can remove"),
         (["--seed", "5"], 2, "--overwrite"),
         (["--docs_file", "nowhere.jsonl"], 2, "--docs_file nowhere.jsonl: no such file"),

@@ -13,7 +13,7 @@ import export_model
 import kv_compression as kvc
 from kv_compression.io.errors import RunError, UsageError, run_script
 from kv_compression.methods.sentinels import insert_sentinels
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.sharing import export
 from kv_compression.training import loading
 from tests.runs import KV, make_run, write_tied_model
@@ -43,7 +43,7 @@ def test_plain_transformers_and_one_line_give_the_logits_of_the_run(run, tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(output, attn_implementation=implementation)
     assert str(model.dtype) == f"torch.{kept}"
     _, expected, _ = loading.load_run(run, "bf16" if precision == "bf16" else "no")
-    with kvc.attach(model, output) as patch, compressed_attention(expected, rule=patch.rule), torch.no_grad():
+    with kvc.attach(model, output) as patch, Patch(expected, patch.rule), torch.no_grad():
         ids = tokenizer(" the cat sees the old dog near a red house in one garden")["input_ids"]
         if patch.rule.uses_sentinels:
             ids = insert_sentinels(ids, [(2, 6), (8, 12)], patch.rule.cl_id, patch.rule.cr_id)

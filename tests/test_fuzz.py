@@ -5,6 +5,7 @@ What is read must serve whoever uses it. Cases are counted, and the counts shown
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.methods.sink_attention import SinkAttention
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from kv_compression.reporting import collecting, drawing, writing
 from kv_compression.training import loading, run_folder
@@ -215,6 +216,17 @@ OTHERS = [
 ]
 
 
+ONE_IN = 10  # a report takes a fifth of a second
+
+
+def collect(folder: Path, case: int) -> None:
+    """What report.py reads; of one case in `ONE_IN`, the whole report."""
+    if case % ONE_IN:
+        collecting.collect(folder)
+    else:
+        write_report(folder, folder.parent / "out")
+
+
 def write_report(folder: Path, out: Path) -> None:
     """All of report.py; nothing in the files may break a line or a table of what it writes."""
     path = writing.write(collecting.collect(folder), out)
@@ -244,12 +256,12 @@ def undrawn(monkeypatch):
 
 def test_results(tmp_path, undrawn):
     test_report.write(tmp_path / "in", *OTHERS)
-    folder = tmp_path / "in" / "x"
+    folder, cases = tmp_path / "in" / "x", itertools.count()
     folder.mkdir()
 
     def use(content: bytes) -> None:
         (folder / "results.json").write_bytes(content)
-        write_report(tmp_path / "in", tmp_path / "out")
+        collect(tmp_path / "in", next(cases))
         found = results.read_results(folder)
         assert results.summary(found).isprintable()
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
@@ -263,11 +275,11 @@ def test_results(tmp_path, undrawn):
 
 def test_scores(tmp_path, undrawn):
     test_report.write(tmp_path / "in", GOOD_SCORES | {"method": "local_attention"})
-    path = tmp_path / "in" / "scores.json"
+    path, cases = tmp_path / "in" / "scores.json", itertools.count()
 
     def use(content: bytes) -> None:
         path.write_bytes(content)
-        write_report(tmp_path / "in", tmp_path / "out")
+        collect(tmp_path / "in", next(cases))
         found = generation_run.read_scores(path)
         if found is None:  # scored again
             raise UsageError("no scores")
@@ -393,7 +405,7 @@ def test_saved_caches(tmp_path):
     rules += [LocalAttention(ratio=0.5), SinkAttention(ratio=0.5), ScatteredAttention(ratio=0.5)]
     for number, rule in enumerate(rules):
         cache = SentinelCache(rule=rule)
-        with compressed_attention(model, rule=rule), torch.no_grad():
+        with Patch(model, rule), torch.no_grad():
             model(ids, attention_mask=real, past_key_values=cache)
         cache.save(tmp_path / str(number))
         files.append(read_tensors(tmp_path / str(number)))
@@ -403,7 +415,7 @@ def test_saved_caches(tmp_path):
         tensor_file(draw, path, *draw.choice(files))
         cache = SentinelCache.load(path)
         more = torch.tensor([[5, CL, 6, CR, 7]] * max(len(cache.lengths), 1))
-        with compressed_attention(model, rule=cache.rule), torch.no_grad():
+        with Patch(model, cache.rule), torch.no_grad():
             model(more[:, :4], past_key_values=cache)
             model(more[:, 4:], past_key_values=cache)
         cache.batch_select_indices(torch.tensor([0]))

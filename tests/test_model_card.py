@@ -114,7 +114,7 @@ def test_other_methods_have_cards_without_sentinels(results, method):
     assert "<CL>" not in text
     assert "ratio=" not in text
     assert "optimizer steps" not in text
-    assert f"**{method.replace('_', ' ')}**" in text
+    assert f"**{METHODS[method].label}**" in text
     assert METHODS[method].card in text
 
 

@@ -11,7 +11,7 @@ from kv_compression.methods import METHODS
 from kv_compression.methods.cost import measure
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import Rule
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.cache import SentinelCache
 from tests.layouts import CL, CR, blocks
 from tests.models import random_model
@@ -71,7 +71,7 @@ def test_one_pass_and_the_cache_give_a_padded_row_what_it_has_alone(rule, side):
     model, draw = random_model("llama", "sdpa", torch.float64), random.Random(0)
     rows = [[*draw.choices(range(3, 60), k=6), CL, *draw.choices(range(3, 60), k=n), CR, 7, 8] for n in (4, 9, 17)]
     ids, real = beside(rows, side)
-    with compressed_attention(model, rule=rule):
+    with Patch(model, rule):
         alone = [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
         one_pass = model(ids, attention_mask=real, use_cache=False).logits
         cache = SentinelCache(rule=rule)

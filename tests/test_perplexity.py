@@ -6,14 +6,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from kv_compression.data.blocks import Blocks
+from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.loss import TokenLosses
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import evaluation
 from tests import slow_rules
 from tests.layouts import CL, CR
 from tests.models import random_model
+from tests.test_attention import WINDOWS, windowed_model
 
 
 def blocks_of(count: int, ratio: float = 0.4) -> Blocks:
@@ -39,7 +41,7 @@ def slow_scores(model, blocks) -> list[tuple[float, int]]:
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_matched_perplexity_weighs_every_target_token_the_same(batch_size):
     model, blocks, rule = random_model("gpt_neox"), blocks_of(5), KVCompression(CL, CR)
-    with torch.no_grad(), compressed_attention(model, rule=rule):
+    with torch.no_grad(), Patch(model, rule):
         score = evaluate(model, blocks, rule, batch_size=batch_size, protocol="matched")
         slow = slow_scores(model, blocks)
     assert score.num_targets == sum(count for _, count in slow) == 5 * 23
@@ -54,7 +56,7 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     blocks = blocks_of(3)
     blocks.plan = None  # sentinels in the blocks, so that blocks differ in their number of targets
     blocks.tokens[0, [2, 5, 8, 10]] = torch.tensor([CL, CR, CL, CR])
-    with torch.no_grad(), compressed_attention(model, rule=rule):
+    with torch.no_grad(), Patch(model, rule):
         score = evaluate(model, blocks, rule, batch_size=2, protocol="paper")
         slow = slow_scores(model, blocks)
     batches = [slow[:2], slow[2:]]
@@ -62,6 +64,17 @@ def test_paper_perplexity_is_the_mean_of_batch_means():
     assert score.nll == pytest.approx(sum(means) / 2, rel=1e-5)
     assert score.nll_per_token == pytest.approx(sum(x for x, _ in slow) / sum(n for _, n in slow), rel=1e-5)
     assert score.nll != pytest.approx(score.nll_per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_full_attention_has_the_untouched_model_s_perplexity_whatever_its_windows(kind):
+    model, blocks = windowed_model(kind, dtype=torch.float32), blocks_of(5, ratio=0.0)
+    with torch.no_grad():
+        logits = model(blocks.tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        nll = cross_entropy(logits, blocks.tokens[:, 1:].flatten()).item()
+        with Patch(model, FullAttention()) as patch:
+            score = evaluate(model, blocks, patch.rule, batch_size=2, protocol="matched")
+    assert score.nll == pytest.approx(nll, rel=1e-5)
 
 
 def test_blocks_of_similar_length_share_a_batch():

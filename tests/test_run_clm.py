@@ -111,7 +111,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     from kv_compression import settings as run_settings
     from kv_compression.data.splits import read_splits
     from kv_compression.methods.kv_compression import KVCompression
-    from kv_compression.model.attention import compressed_attention
+    from kv_compression.model.attention import Patch
     from kv_compression.model.loss import TokenLosses
     from kv_compression.training.evaluation import evaluate
 
@@ -120,7 +120,7 @@ def test_the_saved_adapter_gives_the_reported_perplexity(call, tiny_model, texts
     fresh = transformers.AutoTokenizer.from_pretrained(tiny_model)
     _, splits = read_splits(settings, fresh, None, accelerator.device)
     rule = KVCompression(cl_id, cr_id)
-    with compressed_attention(model, rule=rule):
+    with Patch(model, rule):
         score = evaluate(TokenLosses(model), splits["test"], rule, accelerator, batch_size=4, protocol="matched")
     assert score.perplexity == pytest.approx(results["perplexity"], rel=1e-4)
 
@@ -379,7 +379,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=["rule", "information", "documents"])
-def test_variants_remove_what_they_say_and_are_told_apart(call, flags):
+def test_variants_remove_their_share_and_are_other_runs(call, flags):
     status, _, errors = call("--method", "kv_compression", "--bound_ratio", "0.5", "--output_dir", "out", *flags)
     assert (status, errors) == (0, [])
     results = results_of("out")

@@ -126,7 +126,7 @@ def test_a_run_of_an_older_version_is_shown_and_not_replaced(call):
     assert {name: text for name, text in content_of(Path("run")).items() if name != ownership.LIST} == before
 
 
-def test_what_was_made_of_a_run_goes_with_it_and_not_without_being_asked(call, tmp_path, monkeypatch, capsys):
+def test_what_was_made_from_a_run_is_removed_with_it_and_only_if_asked(call, tmp_path, monkeypatch, capsys):
     assert call()[0] == 0
     docs = tmp_path / "docs.jsonl"
     docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(4, 3)))

@@ -133,6 +133,13 @@ def test_fluency_strips_texts_and_scores_no_end_of_text(tiny_model, tmp_path):
         assert begun or found == plain
 
 
+def test_a_text_longer_than_the_fluency_model_has_positions_is_refused(tiny_model):
+    fluency = scoring.Fluency(tiny_model, CPU)
+    fluency.model.config.max_position_embeddings = 4
+    with pytest.raises(UsageError, match="the fluency model's 4 positions: name another with --fluency_model"):
+        fluency(TEXTS)
+
+
 def test_fluency_is_the_model_s_own_loss(tiny_model):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)

@@ -144,8 +144,8 @@ def test_quickstart_runs_what_is_missing_and_keeps_its_summary(project, tmp_path
     assert all("--preset embedded" in call and "--resume_from_checkpoint" in call for call in runs)
     folders = [call[call.index("--output_dir") :].split()[1] for call in runs]
     assert len(set(folders)) == 6
-    assert table == "-m kv_compression.results " + " ".join(folders)
-    assert ending == "-m kv_compression.quickstart " + " ".join(folders)
+    assert table == "-m kv_compression.io.results " + " ".join(folders)
+    assert ending == "-m kv_compression.reporting.quickstart " + " ".join(folders)
     assert [call.split()[2] for call in generations] == folders
     assert scores.split()[1:7] == [f"{folder}/generation.jsonl" for folder in folders]
     again, calls = project("quickstart.sh", "0.3")

@@ -87,7 +87,7 @@ def test_cheapest_spans_remove_exactly_the_share(num_tokens, longest, seed, data
     assert found == cheapest_spans(information.tolist(), to_remove / num_tokens, longest, unit_starts=list(unit_starts))
 
 
-def test_what_tells_least_goes_first():
+def test_the_least_information_is_compressed_first():
     information = [9.0] * 20
     information[3:7] = [2.0] * 4
     information[12:15] = [1.0] * 3

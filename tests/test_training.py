@@ -12,7 +12,7 @@ from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.scattered_attention import ScatteredAttention
 from kv_compression.model import lora
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.settings import LR_SCHEDULERS, Settings
 from kv_compression.spans.plan import SpanPlan
 from kv_compression.training import loop as training_loop
@@ -42,7 +42,7 @@ def adapted(architecture="gpt_neox", tied=False, dtype=torch.float32):
 
 def run(model, blocks, rule, wanted, **options):
     accelerator = accelerate.Accelerator()
-    with compressed_attention(model, rule=rule) as patch:
+    with Patch(model, rule) as patch:
         prepared = training_loop.prepare(model, accelerator, wanted)
         report = training_loop.train(prepared, blocks, patch, accelerator, wanted, None, **options)
         assert patch.rule == rule
@@ -120,7 +120,7 @@ class Noted:
 
 def rates_of(blocks, wanted, **options) -> tuple[list[float], training_loop.TrainingReport]:
     noted, model, accelerator = Noted(), adapted(), accelerate.Accelerator()
-    with compressed_attention(model, rule=KVCompression(CL, CR)) as patch:
+    with Patch(model, KVCompression(CL, CR)) as patch:
         prepared = training_loop.prepare(model, accelerator, wanted)
         report = training_loop.train(prepared, blocks, patch, accelerator, wanted, noted, **options)
     return noted.rates, report
@@ -181,7 +181,7 @@ def test_the_published_decay_ends_at_two_thirds_of_the_rate_and_the_sane_one_at_
     assert (report.scheduler_steps, report.scheduler_warmup_steps) == (18, 0)
 
 
-def test_a_resumed_run_goes_on_with_the_published_rates(tmp_path):
+def test_a_resumed_run_keeps_the_published_rates(tmp_path):
     wanted = settings(gradient_accumulation_steps=3, published_schedule=True, num_warmup_steps=1)
     checkpoints = Checkpoints(tmp_path, {}, steps=2)
     whole, report = rates_of(blocks_of(), wanted, checkpoints=checkpoints)
@@ -281,7 +281,7 @@ def test_a_teacher_sees_all_text_and_no_adapter():
     ids = torch.tensor([[5, CL, 6, 7, CR, 8, 9]])
     text = torch.tensor([[5, 6, 7, 8, 9]])
     rule = KVCompression(CL, CR)
-    with compressed_attention(model, rule=rule) as patch:
+    with Patch(model, rule) as patch:
         taught = training_loop.Teacher(model.train(), patch, 0.5)({"input_ids": ids})
         assert patch.rule is rule
         assert model.training

@@ -76,7 +76,7 @@ class GenerationRequest:
         if self.top_p > 1:
             raise UsageError(f"--top_p must be at most 1, got {self.top_p}")
         if self.method == "full_attention" and self.bound_ratio:
-            raise UsageError("full attention compresses nothing: leave --bound_ratio away")
+            raise UsageError("full attention compresses nothing: leave out --bound_ratio")
         if self.output_file and not self.output_file.endswith(".jsonl"):
             raise UsageError(f"--output_file {self.output_file} must end in .jsonl")
 

@@ -149,7 +149,7 @@ def read_documents(request: GenerationRequest, preset: str) -> list[Document]:
 
 
 def few_documents(request: GenerationRequest, documents: list[Document]) -> str:
-    """What to say after the number of documents if it is smaller than asked for, else nothing."""
+    """What to add to the number of documents if it is smaller than asked for, else nothing."""
     return f" of the {request.num_documents} asked for" if len(documents) < request.num_documents else ""
 
 

@@ -94,6 +94,7 @@ class Fluency:
 
     Texts are stripped, as in the public reproduction of the paper: the space before a continuation would make its first
     word easier. Special tokens that the tokenizer adds before a text are read; those after it are not scored.
+    UsageError for a text that is longer than the model has positions.
     """
 
     def __init__(self, model: str, device: torch.device, batch_size: int = 16):
@@ -111,6 +112,12 @@ class Fluency:
     def __call__(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """Summed negative log-likelihood (nats) and number of predicted tokens of every text."""
         ids = [unended(self.tokenizer, text.strip()) for text in texts]
+        longest, positions = max(map(len, ids), default=0), getattr(self.model.config, "max_position_embeddings", None)
+        if positions and 0 < positions < longest:
+            raise UsageError(
+                f"a text to score has {longest} tokens, more than the fluency model's {positions} positions: name "
+                "another with --fluency_model"
+            )
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # texts of similar length share a batch
         scores: list[tuple[float, int]] = [(0.0, 0)] * len(ids)
         for start in tqdm(range(0, len(order), self.batch_size), desc="fluency", leave=False):

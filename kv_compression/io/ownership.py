@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from kv_compression.io import strict_json
 from kv_compression.io.errors import UsageError
 
-LIST = ".kv_compression_files.jsonl"  # a line a file: its path in the folder, and what it holds
+LIST = ".kv_compression_files.jsonl"  # one line per file: its path in the folder, and what it holds
 LONGEST = 1 << 16  # bytes of a list that is rewritten before it grows on
 # What the list says of a file that is not "sha256:…":
 ANYTHING = "anything"  # ours whatever it holds: its name is random, or it may be damaged

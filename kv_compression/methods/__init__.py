@@ -1,7 +1,7 @@
 """Who sees whom: one file a method, named as the method, and what a mask costs.
 
-`METHODS` maps every method's name to its rule: each module here that defines a rule of its own name is found by itself.
-`NAMES` are the names alone, which need no torch.
+`METHODS` maps every method's name to its rule. Each module here that defines a rule of the module's name is found
+automatically. `NAMES` are the names alone, which need no torch.
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ def __getattr__(name: str):
     found = {}
     for method in NAMES:
         rules = vars(importlib.import_module(f"{__name__}.{method}")).values()
-        found[method] = next(rule for rule in rules if isinstance(rule, type) and vars(rule).get("name") == method)
+        named = [rule for rule in rules if isinstance(rule, type) and vars(rule).get("name") == method]
+        if not named:
+            raise ImportError(f"kv_compression/methods/{method}.py defines no rule with the name {method!r}")
+        found[method] = named[0]
     globals()["METHODS"] = found
     return found
 

@@ -28,7 +28,7 @@ class FullAttention(Rule):
 
 
 class TextOnly(FullAttention):
-    """Full causal attention among text tokens, as if there were no sentinels; a sentinel is seen by itself alone."""
+    """Full causal attention among text tokens, as if there were no sentinels; only a sentinel itself sees it."""
 
     def sees(self, tokens: Tokens) -> MaskMod:
         text = is_text(tokens.kinds, self.cl_id, self.cr_id)

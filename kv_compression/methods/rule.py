@@ -39,8 +39,8 @@ class History(NamedTuple):
     """What a rule knows of the text that has been read, `(batch,)` each.
 
     `text_read` and `tokens_read` (long) count text tokens, and text tokens with sentinels; padding counts for nothing.
-    `digest` (long) sums the text up, `began` (bool) says whether a sentinel was in it, `open` (bool) whether a span is
-    open at its end.
+    `digest` (long) is a hash of the text, `began` (bool) says whether a sentinel was in it, `open` (bool) whether a
+    span is open at its end.
     """
 
     text_read: Tensor
@@ -71,7 +71,7 @@ def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 class Rule:
     """What a method makes of a batch of token ids `(batch, length)`: this one is full causal attention.
 
-    `ratio` is the share of the earlier keys that is asked to be out of sight (used by windows and draws; for KV
+    `ratio` is the share of the earlier keys to hide (used by windows and draws; for KV
     compression the spans in the tokens decide), `seed` fixes the draw of scattered attention.
 
     A batch comes with an `attention_mask` `(batch, length)` or None: 0 is padding, on either side, and any other number
@@ -79,7 +79,7 @@ class Rule:
     `position_ids_by_document` each counts its own positions.
 
     A new method overrides `mask_mod`, and is then right everywhere: in training, with padding, and in a cache, which
-    holds all its keys. To drop keys it overrides `sees` in its place, and says in `keeps` which keys can still be seen.
+    holds all its keys. To drop keys it overrides `sees` instead, and says in `keeps` which keys can still be seen.
     (This project.)
     """
 
@@ -107,9 +107,9 @@ class Rule:
         return causal
 
     def sees(self, tokens: Tokens) -> MaskMod:
-        """The rule for tokens of which `remember` has told the kinds; padding is masked elsewhere.
+        """The rule for tokens whose kinds come from `remember`; padding is masked elsewhere.
 
-        By default `mask_mod` of the token ids, moved together where padding lies between them.
+        By default `mask_mod` of the token ids, with the padding between them taken out.
         """
         if tokens.ignored is None:
             return self.mask_mod(tokens.kinds)
@@ -121,7 +121,7 @@ class Rule:
     def remember(self, input_ids: Tensor, real: Tensor | None, history: History) -> tuple[Tensor, History]:
         """What is remembered of new tokens `(batch, new)`, long, by default their ids; and the history with them.
 
-        `real` is False for padding, None if there is none. Counting what was read is the caller's business.
+        `real` is False for padding, None if there is none. The caller counts what was read.
         """
         return input_ids, history
 
@@ -142,7 +142,7 @@ class Rule:
         return False
 
     def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Cache entries gone when the last token has been read, long `(batch,)`."""
+        """Cache entries gone at the end of a block, long `(batch,)`: 0 for a method that defines its mask alone."""
         return torch.zeros_like(input_ids[:, 0])
 
     def key_order(self, input_ids: Tensor) -> Tensor:

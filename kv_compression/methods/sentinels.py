@@ -52,7 +52,7 @@ def span_bounds(
 
     For every token of a span, its <CL> and its <CR> too, `first` is the index of the <CL> (0 where the block begins
     inside the span) and `last` the index of the <CR>. Both are -1 for a token that is in no span: text between spans
-    and text behind a <CL> that is never closed. A <CL> that is not followed by a <CR> before the next <CL> opens
+    and text after a <CL> that is never closed. A <CL> that is not followed by a <CR> before the next <CL> opens
     nothing; a <CR> that no <CL> opens closes an empty span, unless it is the block's first sentinel.
 
     Where a span is closed by `cr_tokens` <CR> in a row they all belong to it, and `last` is the index of the first.
@@ -95,9 +95,9 @@ def _rank_in_row(closes: Tensor, ignored: Tensor | None) -> Tensor:
 
 
 def insert_sentinels(tokens: Sequence, spans: Sequence[tuple[int, int]], cl, cr, cr_tokens: int = 1) -> list:
-    """A copy of `tokens` (token ids or words) with `cl` before and `cr` behind every inclusive `(first, last)` span.
+    """A copy of `tokens` (token ids or words) with `cl` before and `cr` after every inclusive `(first, last)` span.
 
-    `spans` must be sorted and must not overlap. `cr` is put there `cr_tokens` times.
+    `spans` must be sorted and must not overlap. `cr` is inserted `cr_tokens` times.
     """
     out, done = [], 0
     for first, last in spans:

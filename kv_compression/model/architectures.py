@@ -147,7 +147,10 @@ def refusal(model_type: str, reason: str) -> ValueError:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder that a patch hooks: of a causal language model, or of a peft model around one."""
-    return causal_lm_of(model).get_decoder()
+    causal_lm = causal_lm_of(model)
+    decoder = causal_lm.get_decoder()
+    # Where its prefix is not the name of its decoder (Llama 4), transformers gives the language model itself.
+    return causal_lm.model if decoder is causal_lm and hasattr(causal_lm, "model") else decoder
 
 
 def causal_lm_of(model: nn.Module) -> nn.Module:

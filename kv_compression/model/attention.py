@@ -8,8 +8,7 @@ visible is a `methods.rule.Rule`.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import eager_mask, flex_attention_mask
 
 from kv_compression.io.errors import UsageError
-from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.rule import MaskMod, Rule, block_mask, dense_mask, in_order, own_key
 from kv_compression.methods.sentinels import count_text
 from kv_compression.model.architectures import (
@@ -82,14 +80,20 @@ AttentionMaskInterface.register(SORTED_FLEX, flex_attention_mask)
 
 
 class Patch:
-    """A rule at work in a model. `rule` may be exchanged at any time; `remove()` leaves the model as it was.
+    """Makes `model(input_ids)` attend by a rule until `remove()`, or the end of a with-block.
 
-    A with-block removes it at its end.
+    `model` is a transformers causal language model or a peft model around one, of an architecture that is known to be
+    right under a patch (`architectures`). Afterwards it is as it was. `rule` may be exchanged at any time. A 2D
+    `attention_mask` given to the model marks padding, on either side. Raises ValueError if the model is patched
+    already, or cannot be, with the reason. (Paper, section 3, for the rule; this project for the patch.)
     """
 
-    def __init__(self, decoder: nn.Module, rule: Rule):
-        self.decoder = decoder
+    def __init__(self, model: nn.Module, rule: Rule):
+        self.decoder = decoder = decoder_of(model)
         self.rule = rule
+        if hasattr(decoder, "_sentinel_patch"):
+            raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
+        check_architecture(causal_lm_of(model), decoder)
         self.patterns = patterns_of(decoder)
         self._hooks = [
             decoder.register_forward_pre_hook(torch.compiler.disable(self._derive), with_kwargs=True),
@@ -127,7 +131,8 @@ class Patch:
         if isinstance(cache, SentinelCache):
             if not cache.rule.same_as(self.rule):
                 raise ValueError(f"the cache is for {cache.rule}, the model is patched with {self.rule}")
-            check_positions(decoder, cache.get_seq_length() + input_ids.shape[1], lambda: cache.text_after(input_ids))
+            most = cache.get_seq_length() + input_ids.shape[1]
+            check_positions(decoder, most, lambda: cache.text_after(input_ids, padding))
             seen, positions = cache.admit(decoder, input_ids, padding)
             kwargs["position_ids"] = positions
             kwargs["attention_mask"] = self._layer_masks(
@@ -212,33 +217,3 @@ def as_attention_mask(decoder: nn.Module, seen: Tensor) -> Tensor:
         return mask
     dtype = decoder.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-def patch(model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None) -> Patch:
-    """Make `model(input_ids)` attend by a rule until the returned patch is removed.
-
-    `model` is a transformers causal language model or a peft model around one, of an architecture that is known to be
-    right under a patch (`architectures`). With `cl_id` and `cr_id` the rule is KV compression between these sentinels;
-    `rule` names any other. A 2D `attention_mask` given to the model marks padding, on either side. Raises ValueError if
-    the model is patched already, or cannot be, with the reason. (Paper, section 3, for the rule; this project for the
-    patch.)
-    """
-    if (cl_id is None or cr_id is None) == (rule is None):
-        raise ValueError("patch needs either cl_id and cr_id, or rule=…")
-    decoder = decoder_of(model)
-    if hasattr(decoder, "_sentinel_patch"):
-        raise ValueError("the model is patched already: remove that patch first, or exchange its rule")
-    check_architecture(causal_lm_of(model), decoder)
-    return Patch(decoder, rule or KVCompression(cl_id, cr_id))
-
-
-@contextmanager
-def compressed_attention(
-    model: nn.Module, cl_id: int | None = None, cr_id: int | None = None, *, rule: Rule | None = None
-) -> Iterator[Patch]:
-    """`patch` for the length of a with-block; afterwards the model is as it was."""
-    patched = patch(model, cl_id, cr_id, rule=rule)
-    try:
-        yield patched
-    finally:
-        patched.remove()

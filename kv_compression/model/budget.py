@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kv_compression.methods.kv_compression import TEXT
+from kv_compression.methods.kv_compression import TEXT, KVCompression
 from kv_compression.methods.ratio import check_ratio, share_to_remove
 from kv_compression.model.cache import SentinelCache
 
@@ -64,7 +64,7 @@ class Budget:
 
     def _oldest_span(self, cache: SentinelCache, row: int, text_read: int) -> tuple[int, int]:
         """The oldest run of plain text that may be folded, inclusive; (0, -1) if there is none of a full span."""
-        if not cache.rule.uses_sentinels:
+        if not isinstance(cache.rule, KVCompression):
             return 0, -1
         recent, sinks = max(self.recent, cache.rule.recent_tokens), cache.rule.sink_tokens
         plain = cache.real[row] & (cache.kinds[row] == TEXT)

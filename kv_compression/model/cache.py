@@ -1,8 +1,9 @@
 """The cache that really drops compressed entries.
 
 A `SentinelCache` goes where transformers takes a cache. A patched model asks it, before every forward pass, which of
-the keys it holds the new tokens see and which position ids they get; after the pass it lets go of every key that no
-later token can see, in all layers. Which these are is the `visibility.Rule`'s to say; nothing here knows a method.
+the keys it holds the new tokens see and which position ids they get; after the pass it drops every key that no
+later token can see, in all layers. The `Rule` says which keys these are. Only folding, in which a span is compressed
+after it was read, knows a method: KV compression.
 """
 
 import copy
@@ -53,7 +54,7 @@ def _kept(states: Tensor, rows: list[Tensor], slots: int) -> Tensor:
 
 
 class SentinelCache(Cache):
-    """Keys and values of what later tokens can still see, for a model under `attention.patch`.
+    """Keys and values of what later tokens can still see, for a model with an `attention.Patch`.
 
     Rows of a batch may compress differently: they are padded on the right to the longest and masked. Lengths are
     counted in keys per layer. `get_seq_length` counts the tokens read, as transformers' generation expects, `length`
@@ -96,16 +97,17 @@ class SentinelCache(Cache):
         return f"SentinelCache({self.rule.name}, length={self.length}, logical_length={self.logical_length})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, sentinels included, whatever has become of their keys."""
+        """Tokens read so far, sentinels included, whether or not their keys are still held."""
         return self._tokens_read
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Slots known of: before a forward pass the one that the next key will have."""
         return self.slots
 
-    def text_after(self, input_ids: Tensor) -> int:
-        """Text tokens of the longest row once tokens `(batch, new)` have been read, if none of them is padding."""
-        read = self.rule.text(input_ids).sum(-1)
+    def text_after(self, input_ids: Tensor, padding: Tensor | None = None) -> int:
+        """Text tokens of the longest row once tokens `(batch, new)` have been read (`padding` as in `admit`)."""
+        real = None if padding is None else padding[:, -input_ids.shape[1] :]
+        read = self.rule.text(input_ids, real).sum(-1)
         return int((read if self.text_read is None else self.text_read + read).max())
 
     def resume(self, tokens_read: int) -> None:
@@ -220,9 +222,7 @@ class SentinelCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Add new keys and values to a layer; returns all it holds (called by the model's attention)."""
         if not self._admitted:
-            raise ValueError(
-                "a SentinelCache works in a patched model only: use attention.patch or compressed_attention"
-            )
+            raise ValueError("a SentinelCache works in a patched model only: attach(model, rule=…) patches it")
         if self.slots > key_states.shape[2]:
             layer = self.layers[layer_idx] if layer_idx < len(self.layers) else SentinelLayer()
             held = [part if part is None else _kind(part) for part in (layer.keys, layer.values)]
@@ -259,7 +259,7 @@ class SentinelCache(Cache):
         pad = torch.nn.utils.rnn.pad_sequence
         for name in ("kinds", "positions", "visible_from"):
             held = [values[row] for values, row in zip(getattr(self, name), rows)]
-            empty = DROPPED if name == "kinds" and self.rule.uses_sentinels else 0
+            empty = DROPPED if name == "kinds" and isinstance(self.rule, KVCompression) else 0
             setattr(self, name, pad(held, batch_first=True, padding_value=empty))
         lengths = torch.tensor([len(row) for row in rows], device=keep.device)
         self.real = torch.arange(slots, device=keep.device) < lengths[:, None]
@@ -280,7 +280,7 @@ class SentinelCache(Cache):
         project.)
         """
         decoder = decoder_of(model) if model is not None else self._decoder and self._decoder()
-        if not self.rule.uses_sentinels or decoder is None or not self.slots:
+        if not isinstance(self.rule, KVCompression) or decoder is None or not self.slots:
             raise ValueError("only a cache for KV compression that a model has filled can compress a span")
         batch, device = len(self.kinds), self.kinds.device
         first = torch.as_tensor(first, device=device).expand(batch)
@@ -318,13 +318,13 @@ class SentinelCache(Cache):
         self._fold = torch.cat([places, own], dim=1).argsort(dim=-1, stable=True)
 
     def drop_oldest(self, count: Tensor) -> None:
-        """Let go of the first `count[b]` keys of every row, compressed or not: forgetting, no rule asks for it."""
+        """Drop the first `count[b]` keys of every row, compressed or not: no rule asks for this, a `Budget` does."""
         age = self.positions.masked_fill(~self.real, torch.iinfo(torch.long).max)
         rank = age.argsort(dim=-1, stable=True).argsort(dim=-1)
         self._drop(rank >= count[:, None])
 
     def _truncate(self, slots: int) -> None:
-        """Take back what stands behind the first `slots`: what a forward pass has added that failed or is unread."""
+        """Remove all but the first `slots`: what was added by a forward pass that failed or is being undone."""
         self._fold, self._admitted = None, False
         for name in PER_SLOT:
             setattr(self, name, getattr(self, name)[:, :slots].contiguous())
@@ -346,7 +346,8 @@ class SentinelCache(Cache):
         if count:
             if bool(self.digest.any()):
                 raise ValueError("a draw that depends on all that was read cannot be unread")
-            text = self.real & (self.kinds == TEXT) if self.rule.uses_sentinels else self.real
+            folds = isinstance(self.rule, KVCompression)
+            text = self.real & (self.kinds == TEXT) if folds else self.real
             self.text_read = self.text_read - text[:, -count:].sum(-1)
             self.real_read = self.real_read - self.real[:, -count:].sum(-1)
             self._truncate(self.slots - count)
@@ -387,7 +388,7 @@ class SentinelCache(Cache):
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
 
     def followed_by(self, input_ids: Tensor | Mapping, attention_mask: Tensor | None = None) -> dict:
-        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one a row.
+        """What `model.generate` takes to continue this cache with new tokens `(batch, new)`, at least one per row.
 
         `input_ids` may also be what a tokenizer returns. `attention_mask` `(batch, new)` is 0 where a token is padding,
         on either side; padding is moved to the left, where generation needs it. A cache of one row takes any number of
@@ -407,7 +408,7 @@ class SentinelCache(Cache):
         return following.inputs_after(self, input_ids, attention_mask)
 
     def copy(self) -> "SentinelCache":
-        """A cache that reads on by itself; the keys are shared, as no key ever changes."""
+        """A cache that continues independently; the keys are shared, as no key ever changes."""
         own = copy.copy(self)
         own.layers = [copy.copy(layer) for layer in self.layers]
         return own

@@ -57,7 +57,8 @@ class TokenLosses(nn.Module):
             if teacher is not None:
                 raise ValueError("distillation needs a model whose logits are its head on its last hidden states")
             return token_losses(self.model(**inputs, use_cache=False).logits, labels)
-        hidden, flat = self.hidden_states(**inputs).flatten(0, 1), labels.flatten()
+        hidden = self.hidden_states(**inputs).flatten(0, 1)
+        flat = labels.flatten().to(hidden.device)  # a model may be spread over devices
         teacher = None if teacher is None else teacher.flatten(0, 1)
         if flat.device.type == "cpu":  # elsewhere, asking which labels count would stall the device
             wanted = (flat != IGNORED).nonzero().flatten()
@@ -133,7 +134,7 @@ def _has_plain_head(model: nn.Module) -> bool:
 class _ChunkedLoss(torch.autograd.Function):
     """Cross entropy of `linear(hidden, weight, bias)`, the rows `indices` of the frozen `weight` replaced by `rows`.
 
-    The gradient is made with the loss, while the scores are at hand.
+    The gradient is made with the loss, while the scores exist.
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ CR_TOKEN = "<CR>"
 
 
 def unended(tokenizer, text: str) -> list[int]:
-    """A text's token ids, to be continued: as the tokenizer makes them, without what it puts behind a text.
+    """The token ids of a text that is to be continued: without what the tokenizer puts after a text.
 
     A tokenizer may end every text with end-of-text; what it puts before a text stays. (This project.)
     """
@@ -28,7 +28,7 @@ def add_sentinels(tokenizer, model=None) -> tuple[int, int]:
     have been set, trained ones among them, are left alone. The embedding matrix grows only when it has no row for them
     (many models carry spare rows). The others start as the mean of the rows in use, in the input embedding and, where
     it is a matrix of its own, in the output embedding. Nothing here makes them trainable: see
-    `training.lora_config`. Raises ValueError where they cannot be set (offloaded or quantized embeddings). (Paper,
+    `model.lora`. Raises ValueError where they cannot be set (offloaded or quantized embeddings). (Paper,
     section 4.1, for the new tokens; this project for their initial value.)
     """
     new = [token for token in (CL_TOKEN, CR_TOKEN) if token not in tokenizer.get_vocab()]

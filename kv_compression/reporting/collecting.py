@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ SPACY_MODEL = "en_core_web_sm"  # the usual parser, whoever packaged it
 OF_A_SWEEP = {name: VARIANTS[name][0] for name in ("distill_weight", "max_span_length", "fixed_spans")}
 PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
 # Settings in which the runs of one group may differ. All others make groups. A recipe is a name for other settings.
-OF_A_RUN = {
+FREE_IN_GROUP = {
     *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "output_dir"),
     *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
     *VARIANTS,
@@ -75,7 +76,7 @@ NOT_RESULTS += ("untrained.json",)  # of a run that is not finished
 NO_SEED = -1  # of scores without a run beside them
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Runs that differ in method, ratio, protocol, seed and variant only; `settings` are those of the plain ones."""
 
@@ -225,7 +226,7 @@ def _shared(content: dict) -> str:
     settings = {"num_processes": 1} | content["settings"]
     if settings.get("documents") == "auto":
         settings["documents"] = None
-    return json.dumps({name: value for name, value in sorted(settings.items()) if name not in OF_A_RUN and value})
+    return json.dumps({name: value for name, value in sorted(settings.items()) if name not in FREE_IN_GROUP and value})
 
 
 def _of_its_sweep(content: dict) -> str:
@@ -384,6 +385,7 @@ def of_protocol(rows: pd.DataFrame, protocol: str, first: str | None = None) -> 
     return own.drop_duplicates(keys).sort_values(keys, ignore_index=True)
 
 
+@lru_cache(maxsize=64)
 def points(group: Group, protocol: str, averaging: str | None = None) -> pd.DataFrame:
     """The runs of a protocol, one per method, variant, ratio and seed, with `nll` as `averaging` averages.
 
@@ -391,10 +393,9 @@ def points(group: Group, protocol: str, averaging: str | None = None) -> pd.Data
     """
     averaging = averaging or protocol
     found = of_protocol(group.runs.dropna(subset=f"nats_{averaging}"), protocol, averaging)
-    found["nll"], found["untrained"] = found[f"nats_{averaging}"], found[f"untrained_{averaging}"]
-    found["perplexity"] = perplexity(found.nll)
-    found["foreign"] = found.sentinels & (found.protocol != averaging)
-    return found
+    nll = found[f"nats_{averaging}"]
+    columns = {"nll": nll, "perplexity": perplexity(nll), "untrained": found[f"untrained_{averaging}"]}
+    return found.assign(**columns, foreign=found.sentinels & (found.protocol != averaging))
 
 
 def perplexity(nll):

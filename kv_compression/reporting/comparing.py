@@ -117,20 +117,13 @@ def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, t
 
 def average(found: pd.DataFrame) -> pd.DataFrame:
     """Of `points`, a row per method, variant and ratio: means over seeds, and the range of perplexity."""
-    return found.groupby(["method", "variant", "ratio"], as_index=False).agg(
-        number=("number", "first"),
-        fine_tuned=("fine_tuned", "first"),
-        foreign=("foreign", "first"),
-        seeds=("seed", "size"),
-        removed_fraction=("removed_fraction", "mean"),
-        attended_fraction=("attended_fraction", "mean"),
-        kept_keys_mean=("kept_keys_mean", "mean"),
-        kept_keys_max=("kept_keys_max", "max"),
-        perplexity=("perplexity", "mean"),
-        perplexity_spread=("perplexity", "std"),
-        lowest=("perplexity", "min"),
-        highest=("perplexity", "max"),
-    )
+    by_point = found.groupby(["method", "variant", "ratio"])
+    rows = by_point[["number", "fine_tuned", "foreign"]].first().assign(seeds=by_point.size())
+    rows = rows.join(by_point[["removed_fraction", "attended_fraction", "kept_keys_mean"]].mean())
+    perplexities = by_point.perplexity
+    rows = rows.assign(kept_keys_max=by_point.kept_keys_max.max(), perplexity=perplexities.mean())
+    rows = rows.assign(perplexity_spread=perplexities.std(), lowest=perplexities.min(), highest=perplexities.max())
+    return rows.reset_index()
 
 
 def describe(group: Group, protocol: str) -> list[dict]:
@@ -158,7 +151,7 @@ def describe(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_claim_1(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline at every ratio that both have, a row each."""
+    """KV compression against every baseline at every ratio that both have, one row each."""
     found = points(group, protocol)
     nats, removed = by_point(found), {key: own.mean() for key, own in by_point(found, "removed_fraction").items()}
     rows = []
@@ -203,7 +196,7 @@ def _judge(comparison: str, baseline: str, ratio: float, kv: pd.Series, others: 
 
 
 def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
-    """KV compression's continuations against every baseline's, document by document, a row a metric and ratio."""
+    """KV compression's continuations against every baseline's, document by document: one row per metric and ratio."""
     scores = scores[scores.variant == ""]
     found = of_protocol(scores, protocol)
     rows = []

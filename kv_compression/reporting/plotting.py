@@ -1,4 +1,4 @@
-"""The report's plots: which curves stand in which picture. Colours are told apart by colour-blind readers, too.
+"""The report's plots: which curves stand in which picture. Colour-blind readers can tell the colours apart.
 
 Curves are rows of `comparing.average`, one a method, variant and ratio; the published figures stand beside them.
 """

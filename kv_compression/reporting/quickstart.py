@@ -1,6 +1,6 @@
 """How the quick start ends: one plot, one continuation, the finding in two sentences, and what to type next.
 
-Reads what run_clm.py and generate_c4.py have left in the folders that are named; the finding is computed from that.
+Reads what run_clm.py and generate_c4.py have written to the folders on the command line, and computes the finding.
 """
 
 import math
@@ -31,7 +31,7 @@ def kind(run: dict) -> tuple[str, str]:
     return run["method"], run["settings"].get("recipe", "paper")
 
 
-def perplexity(run: dict) -> float:
+def perplexity_of(run: dict) -> float:
     """A run's test perplexity, infinite where it has none."""
     found = number(run["perplexity"])
     return math.inf if found is None else found
@@ -40,8 +40,8 @@ def perplexity(run: dict) -> float:
 def against(run: dict, others: Sequence[dict]) -> str:
     """How a run's perplexity compares with others', in words: "lower than local attention's 37.8, …"."""
     parts = {"lower than": [], "as high as": [], "higher than": []}
-    for other in sorted(others, key=perplexity):
-        own, its = perplexity(run), perplexity(other)
+    for other in sorted(others, key=perplexity_of):
+        own, its = perplexity_of(run), perplexity_of(other)
         words = "lower than" if own < its else "higher than" if own > its else "as high as"
         parts[words].append(f"{label(other['method'])}'s {figure(other['perplexity'], 1)}")
     names = {words: " and ".join(filter(None, [", ".join(those[:-1]), *those[-1:]])) for words, those in parts.items()}
@@ -62,7 +62,7 @@ def finding(runs: dict[tuple[str, str], dict]) -> str:
 
 
 def continuation(path: Path) -> str:
-    """The first document of a generation file: its prefix's end, how it goes on, and its first continuation."""
+    """The first document of a generation file: the end of its prefix, the original text, and its first continuation."""
     found = next((record for record in records.usable(records.read(path)[0]) if record["continuations"]), None)
     if found is None:
         raise RunError(f"{path} holds no continuation")
@@ -91,7 +91,7 @@ def main() -> None:
 
     drawn = folder.parent / f"perplexity_{ratio}.png"
     names = {one: label(one[0]) + ",\nrecipe best" * (one == BEST) for one in runs}
-    drawing.draw(drawn, plotting.one_ratio([(one[0], names[one], perplexity(run)) for one, run in runs.items()]))
+    drawing.draw(drawn, plotting.one_ratio([(one[0], names[one], perplexity_of(run)) for one, run in runs.items()]))
     print(f"Plot: {from_here(drawn)}\n")
     print(continuation(folder / "generation.jsonl"), end="\n\n")
     print(textwrap.fill(f"Finding: {finding(runs)} {caveat(rows)}", WIDTH), end="\n\n")

@@ -30,7 +30,7 @@ from kv_compression.reporting.collecting import (
 from kv_compression.reporting.comparing import ABOUT_AS_LOW, SIGNIFICANT, STEP, TOO_FEW, ranges
 
 OF_A_ROW = ("path", "method", "variant", "ratio", "protocol", "seed")
-OF_A_RUN = [*OF_A_ROW, *OF_A_MEASUREMENT, "device"]
+COLUMNS_OF_A_RUN = [*OF_A_ROW, *OF_A_MEASUREMENT, "device"]
 OF_SCORES = [*OF_A_ROW, "documents", "cache_fraction", *(m + end for m in METRICS for end in ("", "_low", "_high"))]
 FOLDS = {
     None: "No KV compression among them.",
@@ -189,7 +189,7 @@ def _group_section(report: Report, group: Group, described: dict[str, list[dict]
     _measured(report, group, count)
     report.say("### Missing runs")
     report.say_each(comparing.missing(group.runs) or ["none"])
-    rows = group.runs[OF_A_RUN].assign(path=group.runs.path.map(printable))
+    rows = group.runs[COLUMNS_OF_A_RUN].assign(path=group.runs.path.map(printable))
     report.keep("report_runs.csv", rows.to_dict("records"), group=count)
 
 
@@ -250,7 +250,7 @@ def _nominal(report: Report, group: Group, count: int) -> None:
 
 
 def _by_ratio(report: Report, head: str, columns: dict[str, pd.Series], digits: int) -> None:
-    """A table with a line a ratio above 0 that any column has."""
+    """A table with one line for each ratio above 0 that any column has."""
     table = pd.DataFrame(columns).sort_index()
     shown = {head: lambda row: f"{row[0]:g}"}
     shown |= {name: lambda row, name=name: figure(row[1][name], digits) for name in table}

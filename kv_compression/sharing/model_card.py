@@ -164,7 +164,7 @@ def summary(results: dict) -> str:
     options = [f"`{name}` {value}" for name, value in found.items() if value != getattr(Settings, name)]
     options = f", with {', '.join(options)}" if options else ""
     return (
-        f"{base}, {trained}{merged}, attending by **{results['method'].replace('_', ' ')}** at ratio "
+        f"{base}, {trained}{merged}, attending by **{METHODS[results['method']].label}** at ratio "
         f"{results['bound_ratio']}{options}."
     )
 

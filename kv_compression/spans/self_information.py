@@ -17,7 +17,8 @@ from kv_compression.io.errors import UsageError, one_line
 from kv_compression.io.machine import find_spacy_model, missing_spacy
 from kv_compression.io.tensor_files import cached_tensors, digest
 from kv_compression.methods.sentinels import IGNORED
-from kv_compression.model.architectures import input_device
+from kv_compression.model.architectures import decoder_of, input_device
+from kv_compression.model.attention import check_positions
 from kv_compression.model.loss import TokenLosses
 from kv_compression.settings import SPAN_UNITS
 
@@ -31,9 +32,12 @@ def self_information(model, tokens: Tensor, batch_size: int = 8) -> Tensor:
     """−log p of every token in nats, given the text before it in its block; float32, shape of `tokens`, on the CPU.
 
     `tokens` is long `(blocks, length)`. The model uses its own attention, so it must not be patched. Nothing predicts
-    the first token of a block: it gets the largest value in the block, and is compressed last.
+    the first token of a block: it gets the largest value in the block, and is compressed last. UsageError for blocks
+    that are longer than the model has positions.
     """
     information = torch.zeros(tokens.shape)
+    length = tokens.shape[1]
+    check_positions(decoder_of(model), length, lambda: length)
     training = model.training
     token_losses = TokenLosses(model).eval()
     device = input_device(model)

@@ -59,11 +59,11 @@ def parse(description: str) -> tuple[argparse.Namespace, dict]:
 def _parser(description: str) -> Parser:
     parser = Parser(description=description, epilog="Any other flag is passed on to run_clm.py.")
     add = parser.add_argument_group("runs").add_argument
-    add("--methods", nargs="+", type=several(str), help="besides full attention (all)")
+    add("--methods", nargs="+", type=several(str), help="methods to run besides full attention (all)")
     add("--ratios", nargs="+", type=several(ratio), help="compression ratios (0.1 0.2 … 0.9)")
-    add("--seeds", nargs="+", type=several(int), help="(0)")
+    add("--seeds", nargs="+", type=several(int), help="seeds of the runs (0)")
     add("--protocols", nargs="+", type=several(str), help="paper, matched or both (the preset's)")
-    add("--preset", choices=["auto", "paper", "embedded"], default="auto", help="(auto)")
+    add("--preset", choices=["auto", "paper", "embedded"], default="auto", help="as for run_clm.py (auto)")
     add("--claims", nargs="+", type=several(int), help="1 fine-tunes; 1,2 also generates and scores text (1)")
     add("--folder", help="where the runs go (output/sweep/<preset>)")
     add = parser.add_argument_group("where they run (default: one after another, here)").add_argument

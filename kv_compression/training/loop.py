@@ -137,7 +137,7 @@ def train(
 def checkpoint_due(step: int, num_steps: int, checkpoints: Checkpoints | None, progress: "Progress") -> bool:
     """Whether a checkpoint is to be written after `step` (from 1); all results are then read.
 
-    The last step needs none, unless the run was told to end: its results follow at once.
+    After the last step there is none to write, unless a signal asks the run to end.
     """
     last = step == num_steps
     due = checkpoints is not None and checkpoints.due_at(step) and not last

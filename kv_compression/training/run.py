@@ -19,7 +19,7 @@ from kv_compression.io import processes
 from kv_compression.io.machine import commit_of_project
 from kv_compression.io.results import RESULTS, write_json
 from kv_compression.methods.rule import Rule
-from kv_compression.model.attention import compressed_attention
+from kv_compression.model.attention import Patch
 from kv_compression.model.lora import LORA_ALPHA, LORA_DROPOUT, add_lora, lora_targets
 from kv_compression.settings import EMBEDDED, Settings
 from kv_compression.training import run_folder
@@ -126,7 +126,7 @@ def measure(
         return asdict(scores)
 
     report = None
-    with compressed_attention(prepared.model, rule=rule) as patch:
+    with Patch(prepared.model, rule) as patch:
         if untrained is None and not (settings.eval_only or settings.skip_untrained):
             untrained = score("test", "test split, untrained")
             if accelerator.is_main_process:

@@ -256,6 +256,6 @@ def finish(
         ownership.remove(folder, lambda name: name == UNTRAINED or ownership.is_partial(name))
         if ownership.LOG in ownership.listed(folder).get(LOG, ()):
             ownership.announce(folder, {LOG: ownership.sha256((folder / LOG).read_bytes())})
-    except Exception as error:  # the library behind the card raises what it likes
+    except Exception as error:  # huggingface_hub can raise anything
         line = f"warning: the run is finished, but {one_line(error)}: the same command tries again"
         print(line, file=sys.stderr, flush=True)
