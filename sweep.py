@@ -6,19 +6,18 @@ Flags that are not its own are passed on to run_clm.py. See "Many runs" in docs/
 import signal
 import sys
 
-from kv_compression import settings as run_settings
 from kv_compression.io.errors import RunError, quiet_libraries, run_script
 from kv_compression.sweep import flags as sweep_flags
 
 
 def main() -> None:
     """Run, submit or print what is missing, then show what is finished."""
-    flags, given = sweep_flags.parse(__doc__.splitlines()[0], run_settings.parse)
+    flags, given = sweep_flags.parse(__doc__.splitlines()[0])
     quiet_libraries()
     from kv_compression.sweep import jobs as sweep_jobs
     from kv_compression.sweep import slurm, workers
 
-    folder, jobs = sweep_jobs.planned(flags, given, run_settings.parse)
+    folder, jobs = sweep_jobs.planned(flags, given)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: dict[str, str] = {}
     try:

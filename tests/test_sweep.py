@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ from tests.stand_in_slurm import FULL, StandInSlurm
 
 ROOT = Path(__file__).parent.parent
 RATIOS = [number / 10 for number in range(1, 10)]
+# Not imported: that configures logging.
+needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
 BOTH = ["kv_compression", "local_attention"]
 
 
@@ -129,7 +132,7 @@ def jobs(tiny, tmp_path):
 
     def jobs(protocols=("matched",), **others):
         given = {name: value for name, value in run_settings.parse(tiny)[0].items() if value is not None}
-        return sweep_jobs.make_jobs(plan(BOTH, [0.5], [0], protocols), tmp_path, given | others, settings_of)
+        return sweep_jobs.make_jobs(plan(BOTH, [0.5], [0], protocols), tmp_path, given | others)
 
     return jobs
 
@@ -343,8 +346,8 @@ def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
     assert not is_running(*started(tmp_path, 1))
 
 
+@needs_submitit
 def test_a_job_array_is_requeued_at_its_limit_and_resumes(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit")
     cluster, folder = StandInSlurm(tmp_path), tmp_path / "a sweep"
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
@@ -374,9 +377,9 @@ def test_a_job_array_is_requeued_at_its_limit_and_resumes(tmp_path, monkeypatch,
     assert missing(found) == ["b"]
 
 
+@needs_submitit
 def test_without_slurm_or_submitit_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    pytest.importorskip("submitit")
     with pytest.raises(RunError, match="no slurm on this machine"):
         slurm.submit([], tmp_path, {})
     monkeypatch.setitem(sys.modules, "submitit", None)

@@ -4,23 +4,29 @@ import argparse
 import itertools
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from kv_compression import settings as run_settings
+from kv_compression.generation.request import GenerationRequest
 from kv_compression.io.errors import UsageError
-from kv_compression.io.flags import Parser, ratio
+from kv_compression.io.flags import Parser, add_flag, ratio
 from kv_compression.methods import NAMES
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_BY_SWEEP = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
 FILES = ("train_file", "validation_file", "test_file")
-OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "batch_size", "prefix_words", "continuation_words")
-OF_CLAIM_2 += ("compress_generated",)
-ParseRun = Callable[..., tuple[dict, bool, str | None]]  # `run_settings.parse`
+# Flags of generate_c4.py by the names that they have here.
+OF_CLAIM_2 = {"docs_file": "docs_file", "num_documents": "num_documents", "num_continuations": "num_continuations"}
+OF_CLAIM_2 |= {"batch_size": "generation_batch_size", "prefix_words": "prefix_words"}
+OF_CLAIM_2 |= {"continuation_words": "continuation_words", "compress_generated": "compress_generated"}
 
 
-def parse(description: str, parse_run: ParseRun) -> tuple[argparse.Namespace, dict]:
-    """The flags of sweep.py, and by name those for run_clm.py, which `parse_run` reads. UsageError if one is wrong."""
+def parse(description: str) -> tuple[argparse.Namespace, dict]:
+    """The flags of sweep.py, and by name those for run_clm.py. UsageError if one is wrong.
+
+    `generation` becomes the request for claim 2's continuations without its `model_dir`, None if it is not asked for.
+    """
     parser = _parser(description)
     flags, others = parser.parse_known_args()
     for name in ("methods", "ratios", "seeds", "protocols", "claims"):
@@ -28,7 +34,8 @@ def parse(description: str, parse_run: ParseRun) -> tuple[argparse.Namespace, di
         setattr(flags, name, list(dict.fromkeys(value for part in parts for value in part)))
     if not set(flags.claims) <= {1, 2}:
         raise UsageError("--claims must be 1 or 1,2")
-    if 2 not in flags.claims and any(getattr(flags, name) is not None for name in OF_CLAIM_2):
+    asked = {name: value for name, here in OF_CLAIM_2.items() if (value := getattr(flags, here)) is not None}
+    if 2 not in flags.claims and asked:
         raise UsageError("the flags of claim 2 need --claims 1,2")
     if flags.slurm and flags.jobs:
         raise UsageError("--jobs is for local processes: give --slurm --slurm_option array_parallelism=N")
@@ -41,13 +48,16 @@ def parse(description: str, parse_run: ParseRun) -> tuple[argparse.Namespace, di
         raise UsageError(f"--slurm_option time={flags.slurm_option['time']}: must be a number of minutes")
     if flags.folder and Path(flags.folder).exists() and not Path(flags.folder).is_dir():
         raise UsageError(f"--folder {flags.folder} is a file")
-    given = _for_runs(parse_run, others, parser.options())
+    given = _for_runs(others, parser.options())
     _check(flags, given)
+    asked |= {"docs_file": os.path.abspath(flags.docs_file)} if flags.docs_file else {}
+    precision = given.get("mixed_precision", "auto")
+    flags.generation = GenerationRequest("", **asked, mixed_precision=precision) if 2 in flags.claims else None
     return flags, given
 
 
 def _parser(description: str) -> Parser:
-    parser = Parser(description=description, epilog="Any other flag is passed on to run_clm.py.", allow_abbrev=False)
+    parser = Parser(description=description, epilog="Any other flag is passed on to run_clm.py.")
     add = parser.add_argument_group("runs").add_argument
     add("--methods", nargs="+", type=several(str), help="methods to run besides full attention (all)")
     add("--ratios", nargs="+", type=several(ratio), help="compression ratios (0.1 0.2 … 0.9)")
@@ -68,14 +78,12 @@ def _parser(description: str) -> Parser:
         help="for sbatch: partition=gpu gpus_per_node=1 time=480 (minutes) …",
     )
     add("--dry-run", action="store_true", help="print one shell line per missing run, for any other scheduler")
-    add = parser.add_argument_group("claim 2").add_argument
-    add("--docs_file", help="local documents, as for generate_c4.py")
-    add("--num_documents", type=positive, help="documents to continue (200)")
-    add("--num_continuations", type=positive, help="continuations of each document (8)")
-    add("--generation_batch_size", type=positive, dest="batch_size", help="documents at a time (4)")
-    add("--prefix_words", type=positive, help="words of a document to read (128)")
-    add("--continuation_words", type=positive, help="words to generate (64)")
-    add("--compress_generated", action="store_true", default=None, help="compress the generated text, too")
+    group = parser.add_argument_group("claim 2, as for generate_c4.py")
+    for one in fields(GenerationRequest):
+        if one.name in OF_CLAIM_2:
+            about = one.metadata["about"]
+            default = about.in_words or ("off" if one.default is False else one.default)
+            add_flag(group, OF_CLAIM_2[one.name], one.type, about, f"default: {default}")
     return parser
 
 
@@ -104,12 +112,12 @@ def key_and_value(text: str) -> tuple[str, str | int]:
     return key, int(value) if value.isdecimal() else value
 
 
-def _for_runs(parse_run: ParseRun, flags: list[str], own: Iterable[str]) -> dict:
+def _for_runs(flags: list[str], own: Iterable[str]) -> dict:
     """The flags for run_clm.py by name, with absolute paths; `own` are this script's flags.
 
     UsageError if the sweep sets one itself, or a file does not exist.
     """
-    given, overwrite, _ = parse_run(flags, also=own)
+    given, overwrite, _ = run_settings.parse(flags, also=own)
     given = {name: value for name, value in given.items() if value is not None}
     ours = [name for name in SET_BY_SWEEP if name in given] + ["overwrite"] * overwrite
     if ours:

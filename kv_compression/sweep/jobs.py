@@ -7,19 +7,21 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from kv_compression import settings as run_settings
-from kv_compression.data import embedded, reading
-from kv_compression.generation import documents, records, scorers
+from kv_compression.generation import records, scorers
+from kv_compression.generation.documents import documents_digest
+from kv_compression.generation.request import GenerationRequest
+from kv_compression.generation.run import read_documents
 from kv_compression.io import strict_json
 from kv_compression.io.errors import ROOT, RunError, UsageError, command_line, one_line
 from kv_compression.io.results import RESULTS, read_results, table
 from kv_compression.methods import METHODS
 from kv_compression.settings import Settings
-from kv_compression.sweep.flags import OF_CLAIM_2, RATIOS, ParseRun
+from kv_compression.sweep.flags import RATIOS
 from kv_compression.sweep.plan import PlannedRun, as_flags, plan
 from kv_compression.sweep.workers import Busy, Task, Workers, is_locked
 from kv_compression.training import run_folder
@@ -71,40 +73,23 @@ def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str])
     return Step([sys.executable, str(ROOT / "run_clm.py"), *flags], done)
 
 
-@dataclass(frozen=True)
-class Continuations:
-    """What claim 2 generates with every fine-tuned model, by the names of generate_c4.py's flags."""
+def expected_about(request: GenerationRequest, preset: str) -> dict:
+    """What the generation file of such a request records about itself, and the number of `documents` in it.
 
-    docs_file: str | None = None
-    num_documents: int = 200
-    num_continuations: int = 8
-    batch_size: int = 4
-    prefix_words: int = 128
-    continuation_words: int = 64
-    mixed_precision: str = "auto"
-    compress_generated: bool | None = None  # None: the flag is not given
-
-    def about(self, preset: str) -> dict:
-        """What a generation file of these continuations records about itself, and the number of `documents` in it.
-
-        The documents' digest is included unless they are C4's, which would have to be streamed first.
-        """
-        about = {"prefix_words": self.prefix_words, "words": self.continuation_words, "documents": self.num_documents}
-        about |= {"continuations": self.num_continuations, "batch_size": self.batch_size}
-        if self.mixed_precision != "auto":
-            about["mixed_precision"] = self.mixed_precision
-        about["compress_generated"] = bool(self.compress_generated)
-        if self.docs_file:
-            texts = reading.read_texts(self.docs_file, "docs_file")
-        elif preset == "embedded":
-            texts = embedded.embedded_text()["test"]["text"]
-        else:
-            return about
-        found = documents.pick_documents(texts, self.num_documents, self.prefix_words, self.continuation_words)
-        return about | {"documents": len(found), "documents_sha256": documents.documents_digest(found)}
+    The documents' digest is included unless they are C4's, which would have to be streamed first.
+    """
+    about = {"prefix_words": request.prefix_words, "words": request.continuation_words}
+    about |= {"continuations": request.num_continuations, "batch_size": request.batch_size}
+    about |= {"documents": request.num_documents, "compress_generated": request.compress_generated}
+    if request.mixed_precision != "auto":
+        about["mixed_precision"] = request.mixed_precision
+    if not request.docs_file and preset != "embedded":
+        return about
+    found = read_documents(request, preset)
+    return about | {"documents": len(found), "documents_sha256": documents_digest(found)}
 
 
-def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
+def generating(folder: Path, request: GenerationRequest, about: dict) -> Step:
     """Claim 2's continuations by the run in `folder`."""
     path = folder / "generation.jsonl"
 
@@ -116,7 +101,9 @@ def generating(folder: Path, flags: Sequence[str], about: dict) -> Step:
         expected = about | {"results_sha256": _sha256(records.read_bytes(folder / RESULTS))}
         return all(found.get(name) == value for name, value in expected.items())
 
-    return Step([sys.executable, str(ROOT / "generate_c4.py"), "--model_dir", str(folder), *flags], done)
+    asked = {one.name: getattr(request, one.name) for one in fields(request) if one.name != "model_dir"}
+    asked = {name: value for name, value in asked.items() if value not in (None, False)}
+    return Step([sys.executable, str(ROOT / "generate_c4.py"), "--model_dir", str(folder), *as_flags(asked)], done)
 
 
 def scoring(folder: Path, preset: str) -> Step:
@@ -135,7 +122,7 @@ def scoring(folder: Path, preset: str) -> Step:
     return Step([sys.executable, str(ROOT / "eval_generation.py"), str(path)], done)
 
 
-def planned(flags: argparse.Namespace, given: dict, parse_run: ParseRun) -> tuple[Path, list[Job]]:
+def planned(flags: argparse.Namespace, given: dict) -> tuple[Path, list[Job]]:
     """The sweep's folder and its jobs, from what `flags.parse` returns. UsageError if a run is not possible."""
     preset, _ = run_settings.choose_preset(flags.preset)
     chosen = run_settings.PRESETS[preset] | given
@@ -143,28 +130,18 @@ def planned(flags: argparse.Namespace, given: dict, parse_run: ParseRun) -> tupl
     accumulation = chosen.get("gradient_accumulation_steps", Settings.gradient_accumulation_steps)
     runs = plan(flags.methods or list(METHODS), flags.ratios or RATIOS, flags.seeds or [0], protocols, accumulation)
     folder = Path(os.path.abspath(flags.folder or f"output/sweep/{preset}"))
-    continuations = None
-    if 2 in flags.claims:
-        asked = {name: value for name in OF_CLAIM_2 if (value := getattr(flags, name)) is not None}
-        asked |= {"docs_file": os.path.abspath(flags.docs_file)} if flags.docs_file else {}
-        continuations = Continuations(**asked, mixed_precision=given.get("mixed_precision", "auto"))
-
-    def settings_of(words: list[str]) -> Settings:
-        return run_settings.resolve(parse_run(words)[0])
-
-    return folder, make_jobs(runs, folder, given | {"preset": preset}, settings_of, continuations)
+    return folder, make_jobs(runs, folder, given | {"preset": preset}, flags.generation)
 
 
 def make_jobs(
     runs: Sequence[PlannedRun],
     folder: Path,
     given: dict,
-    settings_of: Callable[[list[str]], Settings],
-    continuations: Continuations | None = None,
+    generation: GenerationRequest | None = None,
 ) -> list[Job]:
-    """The jobs of runs in `folder`, with claim 2's steps if there are `continuations` to generate.
+    """The jobs of runs in `folder`, with claim 2's steps if there is a request for its `generation`.
 
-    `given` are run_clm.py's flags for all runs, `settings_of` parses such flags. UsageError if a run is not possible.
+    `given` are run_clm.py's flags for all runs. UsageError if a run is not possible.
     """
     # These depend on the machine unless they are given, and machines may differ.
     any_of = [name for name in ("mixed_precision", "attn_implementation") if given.get(name, "auto") == "auto"]
@@ -173,11 +150,11 @@ def make_jobs(
     for run in runs:
         target = folder / run.name
         flags = run.flags(given | {"output_dir": str(target)})
-        settings = settings_of(flags)
+        settings = run_settings.resolve(run_settings.parse(flags)[0])
         steps = [fine_tuning(settings, flags, any_of)]
-        if continuations and not run.eval_only:
-            about = about or continuations.about(settings.preset)
-            steps += [generating(target, as_flags(asdict(continuations)), about), scoring(target, settings.preset)]
+        if generation and not run.eval_only:
+            about = about or expected_about(generation, settings.preset)
+            steps += [generating(target, generation, about), scoring(target, settings.preset)]
         jobs.append(Job(target, steps))
     return jobs
 

@@ -77,12 +77,7 @@ def submit(tasks: Iterable[Task], folder: Path, options: dict) -> None:
 
 def _executor(folder: Path, options: dict):
     """submitit's executor for these options. Those that it has no name for go to sbatch as they are."""
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        if error.name != "submitit":
-            raise
-        raise RunError("--slurm needs submitit: pip install submitit") from error
+    submitit = _import_submitit()
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
     except RuntimeError as error:
@@ -98,6 +93,22 @@ def _executor(folder: Path, options: dict):
             others[name] = value
     executor.update_parameters(additional_parameters=others)
     return executor
+
+
+def _import_submitit():
+    """submitit, without what its import does to logging: it closes all handlers. RunError if it is not installed."""
+    level = os.environ.pop("SUBMITIT_LOG_LEVEL", None)
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        if error.name != "submitit":
+            raise
+        raise RunError("--slurm needs submitit: pip install submitit") from error
+    finally:
+        del os.environ["SUBMITIT_LOG_LEVEL"]
+        os.environ.update({} if level is None else {"SUBMITIT_LOG_LEVEL": level})
+    return submitit
 
 
 def _read(path: Path) -> dict[str, str]:
