@@ -134,16 +134,14 @@ class Patch:
             most = cache.get_seq_length() + input_ids.shape[1]
             check_positions(decoder, most, lambda: cache.text_after(input_ids, padding))
             seen, positions = cache.admit(decoder, input_ids, padding)
-            kwargs["position_ids"] = positions
-            kwargs["attention_mask"] = self._layer_masks(
-                lambda pattern: self._of_cache(pattern, cache, seen, positions)
-            )
-            return args, kwargs
+            masks = self._layer_masks(lambda pattern: self._of_cache(pattern, cache, seen, positions))
+            return args, kwargs | {"position_ids": positions, "attention_mask": masks}
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("only a SentinelCache knows what a patched model may see of it: give past_key_values one")
         positions = self.rule.position_ids(input_ids, padding)
         check_positions(decoder, input_ids.shape[1], lambda: int(positions.max()) + 1)
-        masks = self._layer_masks(lambda pattern: self._of_pass(pattern, input_ids, padding))
+        visible = self.rule.visible(input_ids, padding)
+        masks = self._layer_masks(lambda pattern: self._of_pass(pattern, visible, input_ids, padding))
         return args, kwargs | {"position_ids": positions, "attention_mask": masks}
 
     def _layer_masks(self, mask_of: Callable[[Pattern], Any]) -> Any:
@@ -159,9 +157,8 @@ class Patch:
             return next(iter(masks.values()))
         return {layer_type: masks[pattern] for layer_type, pattern in self.patterns.items()}
 
-    def _of_pass(self, pattern: Pattern, input_ids: Tensor, padding: Tensor | None):
-        """A pattern's mask for whole blocks."""
-        visible = self.rule.visible(input_ids, padding)
+    def _of_pass(self, pattern: Pattern, visible: MaskMod, input_ids: Tensor, padding: Tensor | None):
+        """A pattern's mask for whole blocks of which the rule lets this much be `visible`."""
         if pattern.size:
             visible = pattern.over(visible, count_text(self.rule.text(input_ids, padding)))
         return mask_for(self.decoder, self.rule, visible, input_ids)
@@ -175,7 +172,7 @@ class Patch:
         return None if seen is None else as_attention_mask(self.decoder, seen)
 
     def _settle(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        """Let the cache drop what nobody will see again."""
+        """Have the cache drop the keys that no later token can see."""
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SentinelCache):
             cache.settle()
