@@ -6,28 +6,24 @@ checking settings does not load torch, so that a wrong flag is refused at once.
 """
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 
 from kv_compression.io import flags
 from kv_compression.io.errors import UsageError
-from kv_compression.io.machine import find_spacy_model, has_bf16
-from kv_compression.io.ownership import file_identity, file_name
+from kv_compression.io.machine import choose_preset, find_spacy_model, fitting_this_machine
+from kv_compression.io.ownership import file_identity
 from kv_compression.methods import NAMES
 from kv_compression.methods.ratio import entries_to_remove, widest_window
 
-SPAN_SAMPLERS = ("random", "fixed", "self_information")
+SPAN_SAMPLERS = ("random", "shortest", "fixed", "self_information")
 SPAN_UNITS = ("token", "phrase", "sentence")
 # The schedules of transformers that need nothing but the numbers of warm-up steps and of all steps.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 LR_SCHEDULERS += ("inverse_sqrt",)
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial decay ends
 KERNELS = ("grouped", "sdpa", "flex_attention", "sorted_flex_attention", "eager")
-GIB = 1 << 30
-PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 EMBEDDED = "embedded"  # the name of the embedded model and of the embedded text
 LONGEST_NAME = 150  # of a default folder
 AS_IN_THE_PAPER = object()
@@ -59,6 +55,7 @@ of_model, of_data, of_method, of_training, of_output = (
 )
 KV = ("kv_compression",)
 MATCHED = {"methods": KV, "protocol": "matched"}
+SHARE = {"least": 0, "most": 1, "protocol": "matched"}
 FILE = {"metavar": "FILE", "in_words": "that split of --dataset_name"}
 DEFAULT_FOLDER = "output/<preset>/<method>_<ratio>, with all flags that differ from the preset"
 
@@ -80,7 +77,15 @@ class Settings:
     method: str = of_method(
         "kv_compression", "which tokens see which", choices=NAMES, in_words="required", in_name=False
     )
-    bound_ratio: float = of_method(0.0, "compression ratio: the share of keys to drop", least=0, below=1, in_name=False)
+    bound_ratio: float = of_method(
+        0.0,
+        "compression ratio: the share of keys to drop; 0.5-0.9 trains at all between and is scored at the upper",
+        least=0,
+        below=1,
+        in_name=False,
+        read=flags.ratio_or_range,
+    )
+    lowest_bound_ratio: float | None = setting(None)  # the lower end of a range
     protocol: str = of_data(
         "paper",
         "how text becomes blocks and spans: as published, or with the same blocks and targets for all methods",
@@ -109,7 +114,10 @@ class Settings:
     block_size: int = of_data(256, "text tokens in a block", least=2)
     max_span_length: int = of_method(25, "longest span: words in protocol paper, tokens in matched", least=2)
     span_sampler: str = of_method(
-        "random", "which spans: random, of fixed length, or the least surprising ones", choices=SPAN_SAMPLERS, **MATCHED
+        "random",
+        "which spans: random, as short as can be, equal, or the least surprising",
+        choices=SPAN_SAMPLERS,
+        **MATCHED,
     )
     span_unit: str = of_method(
         "token", "units of --span_sampler self_information; all but token need spaCy", choices=SPAN_UNITS, **MATCHED
@@ -136,6 +144,17 @@ class Settings:
     sentinel_learning_rate: float | None = of_training(
         None, "learning rate of the sentinels' embeddings", in_words="--learning_rate", least=0, methods=KV
     )
+    sentinel_init: str = of_training(
+        "mean",
+        "where <CR> starts: at the mean of all embeddings, or at the row of a full stop",
+        choices=("mean", "period"),
+        methods=KV,
+    )
+    echo_share: float = of_data(0.0, "share of training blocks that repeat a stretch of their text", **SHARE)
+    fact_share: float = of_data(0.0, "share of training blocks that ask for facts put into their text", **SHARE)
+    answer_weight: float = of_training(
+        1.0, "weight of answers in the loss of these blocks", above=0, protocol="matched"
+    )
     isolate_documents: bool = of_data(False, "no attention between the documents in a block")
     position_ids_by_document: bool = of_data(False, "count positions from 0 in every document")
     documents: str = of_data(
@@ -156,7 +175,9 @@ class Settings:
         None, "blocks of a split that are scored, from its beginning", in_words="all", least=1, embedded=24
     )
     r: int = of_training(16, "LoRA's rank", least=1)
-    lora_target_modules: tuple[str, ...] | None = of_training(None, "modules to adapt", in_words="those of attention")
+    lora_target_modules: tuple[str, ...] | None = of_training(
+        None, "modules to adapt, or all-linear", in_words="those of attention"
+    )
     seed: int = of_training(0, "seed of all that is drawn: spans, order of blocks, dropout", least=0, in_name=False)
     attn_implementation: str = of_model(
         "sdpa", "attention kernel; auto: grouped on a CPU, else sdpa", choices=KERNELS, auto=True
@@ -222,6 +243,21 @@ class Settings:
                 )
             if about.protocol not in (None, self.protocol):
                 raise UsageError(f"--{name} needs --protocol {about.protocol}: the paper's draws spans on words")
+        if self.lowest_bound_ratio is not None and not self.lowest_bound_ratio < self.bound_ratio:
+            raise UsageError(f"--bound_ratio {self.lowest_bound_ratio}-{self.bound_ratio}: give the lower end first")
+        asks = self.echo_share + self.fact_share
+        if asks > 1:
+            raise UsageError("--echo_share and --fact_share are shares of the same blocks: together at most 1")
+        if asks and self.block_size < 64:
+            raise UsageError("--echo_share and --fact_share need a --block_size of at least 64")
+        if asks and (
+            self.isolate_documents or self.position_ids_by_document or self.span_sampler == "self_information"
+        ):
+            raise UsageError(
+                "--echo_share and --fact_share change the text: no documents or self-information with them"
+            )
+        if self.answer_weight != 1 and not asks:
+            raise UsageError("--answer_weight needs --echo_share or --fact_share")
         if self.span_unit != "token" and self.span_sampler != "self_information":
             raise UsageError(f"--span_unit {self.span_unit} needs --span_sampler self_information")
         if self.spacy_model is not None and self.span_unit == "token":
@@ -302,6 +338,8 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
             flags.add_flag(groups[about.group], one.name, one.type, about, _in_words(one.default, about))
     given = vars(parser.parse_args(argv, also=also))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if isinstance(given["bound_ratio"], tuple):
+        given["lowest_bound_ratio"], given["bound_ratio"] = given["bound_ratio"]
     return given, given.pop("overwrite") or False, given.pop("resume_from_checkpoint")
 
 
@@ -331,29 +369,6 @@ def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
         shape = (settings.max_span_length, settings.cr_tokens, settings.sink_tokens)
         settings = replace(settings, recent_tokens=widest_window(settings.block_size, settings.bound_ratio, *shape))
     return settings
-
-
-def choose_preset(asked: str) -> tuple[str, str]:
-    """The preset that runs, and why: `auto` is `paper` where a CUDA GPU has the memory for it."""
-    if asked != "auto":
-        return asked, "asked for"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "embedded", "no CUDA GPU"
-    memory = torch.cuda.get_device_properties(0).total_memory
-    gpu = f"the GPU has {memory / GIB:.0f} GiB, RedPajama-3B needs {PAPER_MEMORY / GIB:.0f} GiB"
-    return ("paper" if memory >= PAPER_MEMORY else "embedded"), gpu
-
-
-def fitting_this_machine() -> dict[str, str]:
-    """What `auto` stands for on this machine."""
-    import torch
-
-    return {
-        "mixed_precision": "bf16" if has_bf16() else "no",
-        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
-    }
 
 
 def resolve(explicit: dict) -> Settings:
@@ -425,23 +440,7 @@ def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
     for option, about in ABOUT.items():
         named = about.in_identity and about.in_name and not (option == "fixed_spans" and protocol == "paper")
         if named and option in given and given[option] not in (plain[option], "auto"):
-            name += f"_{_as_name(option, given[option])}"
+            name += f"_{flags.as_name(option, given[option])}"
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"output/{chosen['preset']}/{name}"
-
-
-def _as_name(option: str, value) -> str:
-    """A setting as a part of a folder's name: a file by its stem, a model or a dataset by the last part of its name."""
-    if option == "recipe":
-        return str(value)
-    if value is True:
-        return option
-    short = re.sub("^(per_device|num|max)_|_(name_or_path|name|file|size|type)$", "", option)
-    if option.endswith("_file"):
-        value = Path(str(value)).stem or value
-    elif option in ("model_name_or_path", "dataset_name"):
-        value = Path(str(value)).name or value
-    elif isinstance(value, list | tuple):
-        value = "-".join(map(str, value))
-    return f"{short}-{file_name(str(value))}"

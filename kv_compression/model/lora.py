@@ -9,7 +9,7 @@ from kv_compression.io.errors import UsageError
 from kv_compression.model.dropout import replace_dropout
 
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05
-
+ALL_LINEAR = "all-linear"
 
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -23,11 +23,13 @@ ATTENTION_PROJECTIONS = {  # by transformers' model_type
 
 
 def lora_targets(model: nn.Module, named: tuple[str, ...] | None) -> list[str]:
-    """The modules that LoRA adapts: those `named`, else the attention projections of a known architecture."""
+    """The modules that LoRA adapts: those `named` (all: "all-linear"), else those of attention."""
     linear = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         - {"lm_head", "embed_out"}
     )
+    if named == (ALL_LINEAR,):
+        return linear
     if named:
         missing = [name for name in named if name not in linear]
         if missing:

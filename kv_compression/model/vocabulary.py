@@ -21,13 +21,14 @@ def unended(tokenizer, text: str) -> list[int]:
     return plain
 
 
-def add_sentinels(tokenizer, model=None) -> tuple[int, int]:
+def add_sentinels(tokenizer, model=None, cr_like: str | None = None) -> tuple[int, int]:
     """Make <CL> and <CR> known to a tokenizer and a model; returns `(cl_id, cr_id)`.
 
     Whether the model's rows have been set is read from the model, not from the tokenizer: see `unset_rows`. Rows that
     have been set, trained ones among them, are left alone. The embedding matrix grows only when it has no row for them
     (many models carry spare rows). The others start as the mean of the rows in use, in the input embedding and, where
-    it is a matrix of its own, in the output embedding. Nothing here makes them trainable: see
+    it is a matrix of its own, in the output embedding; with `cr_like`, a text such as ".", the input embedding of <CR>
+    starts as that of the text's last token. Nothing here makes them trainable: see
     `model.lora`. Raises ValueError where they cannot be set (offloaded or quantized embeddings). (Paper,
     section 4.1, for the new tokens; this project for their initial value.)
     """
@@ -45,6 +46,10 @@ def add_sentinels(tokenizer, model=None) -> tuple[int, int]:
         if embedding is not None:
             rows = [number for number in unset if number not in trained_rows(embedding)]
             start_at_mean(plain(embedding), rows, (cl_id, cr_id))
+    if cr_like is not None and cr_id in unset:
+        weight = plain(model.get_input_embeddings()).weight
+        with torch.no_grad():
+            weight[cr_id] = weight[tokenizer(cr_like, add_special_tokens=False)["input_ids"][-1]]
     mark_rows(model, cl_id, cr_id)
     return cl_id, cr_id
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kv_compression.methods import METHODS
-from kv_compression.methods.ratio import most_removable, share_to_remove, widest_window
+from kv_compression.methods.ratio import most_removable, share_to_remove, shortest_spans, widest_window
 from kv_compression.spans.chosen import cheapest_spans, fixed_spans
 from kv_compression.spans.exact import exact_spans
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class SpanPlan:
     """How spans are drawn at `ratio` with `seed`, if the method compresses spans at all (`compress`).
 
-    The `sampler` is "random" (that of the protocol), "fixed" (equal chunks) or "self_information" (where the base model
-    is least surprised, in whole units). The first `sink_tokens` and the last `recent_tokens` of a block stay outside
-    spans; `cr_tokens` <CR> close a span.
+    The `sampler` is "random" (that of the protocol), "shortest" (random ones, none longer than the share demands),
+    "fixed" (equal chunks) or "self_information" (where the base model is least surprised, in whole units). With
+    `lowest_ratio` every training block has a ratio of its own, uniform between that and `ratio`. The first
+    `sink_tokens` and the last `recent_tokens` of a block stay outside spans; `cr_tokens` <CR> close a span.
     """
 
     compress: bool
@@ -31,6 +32,21 @@ class SpanPlan:
     sink_tokens: int = 0
     recent_tokens: int = 0
     cr_tokens: int = 1
+    lowest_ratio: float | None = None
+
+    def drawn(self, rng: np.random.Generator) -> "SpanPlan":
+        """The plan with the ratio of one training block."""
+        if self.lowest_ratio is None:
+            return self
+        return replace(self, ratio=float(rng.uniform(self.lowest_ratio, self.ratio)), lowest_ratio=None)
+
+    def within(self, num_tokens: int) -> "SpanPlan":
+        """The plan for a text of any length: its window, and then its ratio, fall as far as spans demand."""
+        longest = num_tokens - min(self.sink_tokens, num_tokens)
+        most = most_removable(longest, self.max_span_length, self.cr_tokens)
+        if share_to_remove(num_tokens, self.ratio) > most:
+            return replace(self, ratio=most / num_tokens, recent_tokens=0)
+        return replace(self, recent_tokens=min(self.recent_tokens, self.window(num_tokens)))
 
     def spans(self, num_tokens: int, rng, information=None, unit_starts=None) -> list[tuple[int, int]]:
         """Spans that remove the exact share of a text of `num_tokens`. ValueError if none can.
@@ -43,7 +59,10 @@ class SpanPlan:
             return fixed_spans(num_tokens, self.ratio, self.max_span_length, **region)
         if self.sampler == "self_information":
             return cheapest_spans(information, self.ratio, self.max_span_length, unit_starts=unit_starts, **region)
-        return exact_spans(num_tokens, self.ratio, self.max_span_length, rng, **region)
+        longest = self.max_span_length
+        if self.sampler == "shortest":
+            longest = shortest_spans(num_tokens, self.ratio, longest, **region)
+        return exact_spans(num_tokens, self.ratio, longest, rng, **region)
 
     def window(self, num_tokens: int) -> int:
         """How many of the last tokens of a text can stay outside spans that remove the exact share."""
@@ -93,4 +112,5 @@ def plan_of(settings: "Settings") -> SpanPlan:
         settings.sink_tokens,
         settings.recent_tokens,
         settings.cr_tokens,
+        settings.lowest_bound_ratio,
     )

@@ -18,6 +18,7 @@ from kv_compression.generation.request import GenerationRequest
 from kv_compression.generation.run import read_documents
 from kv_compression.io import strict_json
 from kv_compression.io.errors import ROOT, RunError, UsageError, command_line, one_line
+from kv_compression.io.machine import choose_preset
 from kv_compression.io.results import RESULTS, read_results, table
 from kv_compression.methods import METHODS
 from kv_compression.settings import Settings
@@ -124,7 +125,7 @@ def scoring(folder: Path, preset: str) -> Step:
 
 def planned(flags: argparse.Namespace, given: dict) -> tuple[Path, list[Job]]:
     """The sweep's folder and its jobs, from what `flags.parse` returns. UsageError if a run is not possible."""
-    preset, _ = run_settings.choose_preset(flags.preset)
+    preset, _ = choose_preset(flags.preset)
     chosen = run_settings.PRESETS[preset] | given
     protocols = flags.protocols or [chosen.get("protocol", Settings.protocol)]
     accumulation = chosen.get("gradient_accumulation_steps", Settings.gradient_accumulation_steps)

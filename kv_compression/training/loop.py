@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from kv_compression.data.blocks import Blocks
 from kv_compression.io.errors import Interrupted, RunError, UsageError
 from kv_compression.methods.full_attention import TextOnly
+from kv_compression.methods.rule import Rule
 from kv_compression.model.architectures import decoder_of
 from kv_compression.model.attention import Patch
 from kv_compression.model.loss import TokenLosses
@@ -131,7 +133,7 @@ def train(
     finally:
         patch.rule = rule
         prepared.model.draws.table = None
-    return progress.report()
+    return progress.report(*data.asking_shares())
 
 
 def checkpoint_due(step: int, num_steps: int, checkpoints: Checkpoints | None, progress: "Progress") -> bool:
@@ -155,7 +157,8 @@ class TrainingReport:
     """What the loop did; `loss` is the mean over the last tenth of the steps, in nats per token.
 
     `scheduler_steps` and `scheduler_warmup_steps` are those of the `Schedule`, `last_learning_rate` is that of the last
-    optimizer step.
+    optimizer step. `asking_fraction` is the share of text tokens in blocks that ask for what they said,
+    `answer_fraction` that of targets which are answers.
     """
 
     steps: int
@@ -165,6 +168,8 @@ class TrainingReport:
     scheduler_steps: int
     scheduler_warmup_steps: int
     last_learning_rate: float
+    asking_fraction: float
+    answer_fraction: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -234,11 +239,13 @@ class Progress:
             self.writer.add("train/learning_rate", rate, step)
             self.writer.add("train/tokens_per_second", speed, step)
 
-    def report(self) -> TrainingReport:
+    def report(self, *asking_shares: float) -> TrainingReport:
         """The figures of the whole training."""
         tail = self.losses[-max(len(self.losses) // 10, 1) :]
         rates = (self.schedule.scheduler_steps, self.schedule.scheduler_warmup_steps, self.rate)
-        return TrainingReport(len(self.losses), self.tokens, self.seconds, sum(tail) / len(tail), *rates)
+        return TrainingReport(
+            len(self.losses), self.tokens, self.seconds, sum(tail) / len(tail), *rates, *asking_shares
+        )
 
 
 @contextmanager
@@ -294,6 +301,14 @@ class Teacher:
         return {"teacher": states, "distill_weight": self.weight}
 
 
+def drawn_ratio(rule: Rule, settings: Settings, step: int, number: int) -> Rule:
+    """The rule of a micro-batch: with a ratio of its own where the settings leave a range and spans do not decide."""
+    if settings.lowest_bound_ratio is None or rule.uses_sentinels:
+        return rule
+    rng = np.random.default_rng([settings.seed, step, number])
+    return replace(rule, ratio=float(rng.uniform(settings.lowest_bound_ratio, settings.bound_ratio)))
+
+
 def optimizer_step(
     prepared: Prepared,
     micro_batches: list[MicroBatch],
@@ -307,16 +322,18 @@ def optimizer_step(
     token_losses, optimizer, draws = prepared.token_losses, prepared.optimizer, prepared.model.draws
     teach = Teacher(prepared.model, patch, settings.distill_weight) if settings.distill_weight else None
     total = 0.0
-    for number, (inputs, blocks, num_targets) in enumerate(micro_batches):
+    for number, (inputs, blocks, _, weight) in enumerate(micro_batches):
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in inputs.items()}
-        labels = batch.pop("labels")
+        labels, weights = batch.pop("labels"), batch.pop("weights", None)
+        patch.rule = drawn_ratio(patch.rule, settings, step, number)
         draws.draw(settings.seed, step, blocks, labels.shape[1], accelerator.device)
         last = number == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(token_losses):  # processes exchange gradients once a step
             with accelerator.autocast():
                 taught = teach(batch) if teach else {}
-                loss = token_losses(labels, **taught, **batch).sum()
-            loss = loss / (max(num_targets, 1) / accelerator.num_processes)  # the mean over processes is taken later
+                losses = token_losses(labels, **taught, **batch)
+                loss = (losses if weights is None else losses * weights).sum()
+            loss = loss / (max(weight, 1) / accelerator.num_processes)  # the mean over processes is taken later
             accelerator.backward(loss / len(micro_batches))
         total = total + loss.detach()
     optimizer.step()

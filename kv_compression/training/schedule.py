@@ -72,11 +72,12 @@ def _shuffled(num_blocks: int, seed: int, epoch: int) -> list[int]:
 
 
 class MicroBatch(NamedTuple):
-    """What a process reads at once: the `inputs` of `blocks`, and the number of targets over all processes."""
+    """What a process reads at once, the `inputs` of `blocks`; how many targets all processes read, and their weight."""
 
     inputs: dict[str, Tensor]
     blocks: list[int]
     num_targets: int
+    weight: float
 
 
 class StepData(torch.utils.data.Dataset):
@@ -88,8 +89,25 @@ class StepData(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.schedule.num_steps
 
-    def __getitem__(self, step: int) -> list[MicroBatch]:
+    def asking_shares(self) -> tuple[float, float]:
+        """The share of blocks that ask for what they said, and of targets that are answers, over all steps."""
+        if self.blocks.asking is None:
+            return 0.0, 0.0
+        read = asking = targets = answers = 0
+        for step in range(len(self)):
+            self._begin(step)
+            for index in self.schedule.blocks_of(step):
+                asked = self.blocks.asked(index)
+                read, targets = read + 1, targets + self.blocks.num_targets(index)
+                if asked is not None:
+                    asking, answers = asking + 1, answers + int(asked.answers.sum())
+        return asking / read, answers / targets
+
+    def _begin(self, step: int) -> None:
         self.blocks.epoch = 0 if self.fixed_spans else self.schedule.epoch_of(step)
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        self._begin(step)
         drawn = {index: self.blocks[index] for index in self.schedule.blocks_of(step)}
         by_length = sorted(drawn, key=lambda index: len(drawn[index]))  # similar lengths need the least padding
         return [self._micro_batch(everyone, drawn) for everyone in self.schedule.micro_batches(by_length)]
@@ -100,4 +118,5 @@ class StepData(torch.utils.data.Dataset):
         inputs = self.blocks.batch(read, drawn)
         if not own:
             inputs["labels"].fill_(IGNORED)
-        return MicroBatch(inputs, read, sum(map(self.blocks.num_targets, everyone)))
+        num_targets, weight = (sum(map(count, everyone)) for count in (self.blocks.num_targets, self.blocks.weight))
+        return MicroBatch(inputs, read, num_targets, weight)
