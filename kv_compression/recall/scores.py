@@ -1,0 +1,99 @@
+"""From answers to recovered recall: what of a text's worth a compressed cache keeps, with intervals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from kv_compression.io.tables import estimate, figure, text_table
+
+RESAMPLES = 2000
+
+
+def recovered(none, nats, full) -> float:
+    """(none − nats) ÷ (none − full), of means over documents: 0 is forgetting, 1 is as good as full attention.
+
+    Arrays `(…, documents)`. (This project.)
+    """
+    none, nats, full = (np.mean(values, axis=-1) for values in (none, nats, full))
+    return (none - nats) / (none - full)
+
+
+def summarize(lines: Sequence[dict]) -> list[dict]:
+    """For each task and ratio what the answers come to, of documents in which the asked text had left its form.
+
+    `recovered` has a 95% interval (bootstrap over documents); it is None if nothing had left. `ask_many` says what
+    asking one cache saves.
+    """
+    if not lines:
+        return []
+    rows = []
+    for (task, ratio), found in pd.DataFrame(lines).groupby(["task", "ratio"], sort=False):
+        row = {"task": task, "ratio": ratio, "documents": len(found), "left": int(found["left"].sum())}
+        if task == "ask_many":
+            seconds = found[["seconds", "seconds_alone", "bytes", "bytes_full", "apart"]]
+            mean = seconds.mean().to_dict() | {"apart": seconds["apart"].max()}
+            rows.append(row | {name: float(value) for name, value in mean.items()})
+            continue
+        gone = found[found["left"]]
+        kept = found["kept"] / found["length"]
+        row |= {"kept": float(found["kept"].mean()), "kept_share": float(kept.mean())}
+        if len(gone):
+            row |= {name: float(gone[name].mean()) for name in ("nats", "none", "full", "distance")}
+            row |= {name: float(gone[name].mean()) for name in ("exact", "exact_none", "exact_full")}
+            row |= _with_interval(gone)
+        rows.append(row)
+    return rows
+
+
+def _with_interval(gone: pd.DataFrame) -> dict:
+    columns = [gone[name].to_numpy(dtype=float) for name in ("none", "nats", "full")]
+    about = {"recovered": float(recovered(*columns)), "low": None, "high": None}
+    if len(gone) > 1:
+        ends = stats.bootstrap(
+            columns,
+            lambda none, nats, full, axis: recovered(none, nats, full),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        about |= {"low": float(ends.low), "high": float(ends.high)}
+    return about
+
+
+def as_table(rows: list[dict]) -> str:
+    """The summary as text."""
+    asked = [row for row in rows if row["task"] != "ask_many"]
+    many = [row for row in rows if row["task"] == "ask_many"]
+    columns = {
+        "task": lambda row: row["task"],
+        "ratio": lambda row: f"{row['ratio']:g}",
+        "kept": lambda row: figure(row["kept"], 1),
+        "left": lambda row: f"{row['left']}/{row['documents']}",
+        "none": lambda row: figure(row.get("none")),
+        "method": lambda row: figure(row.get("nats")),
+        "full": lambda row: figure(row.get("full")),
+        "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
+        "exact": lambda row: _percent(row.get("exact")),
+        "exact full": lambda row: _percent(row.get("exact_full")),
+    }
+    parts = [text_table(columns, asked)] if asked else []
+    if many:
+        of_many = {
+            "task": lambda row: row["task"],
+            "ratio": lambda row: f"{row['ratio']:g}",
+            "s, one cache": lambda row: figure(row["seconds"]),
+            "s, read again": lambda row: figure(row["seconds_alone"]),
+            "KiB held": lambda row: figure(row["bytes"] / 1024, 0),
+            "KiB in full": lambda row: figure(row["bytes_full"] / 1024, 0),
+            "nats apart": lambda row: figure(row["apart"], 4),
+        }
+        parts.append(text_table(of_many, many))
+    return "\n\n".join(parts)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}%"
