@@ -12,7 +12,7 @@ from kv_compression.io.errors import is_main_process, quiet_libraries, run_scrip
 
 def main() -> None:
     """Score what has no scores yet, then show everything."""
-    request = parse(ScoringRequest, __doc__, files=True)
+    request = parse(ScoringRequest, __doc__)
     files = find_files(request.paths) if is_main_process() else []  # before the seconds that the imports take
     quiet_libraries()
     from kv_compression.generation.run import score

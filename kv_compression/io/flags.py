@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from functools import partial
 from types import UnionType
 from typing import get_args, get_origin
@@ -21,8 +21,8 @@ class Option:
 
     It is explained by `help` in the `group` of `--help`; without a group it has no flag. Its value is one of `choices`
     (the flag may also be "auto", if `auto`), or a number that is at `least`, at `most`, `above` or `below` a bound.
-    `in_words` is the default in words, where the value itself does not say it. A flag with a
-    `const` has this value if it is given without one.
+    `in_words` is the default in words, where the value itself does not say it, or "required". A flag with a `const`
+    has this value if it is given without one.
     """
 
     group: str | None = None
@@ -54,6 +54,16 @@ class Option:
             and (self.above is None or number > self.above)
             and (self.below is None or number < self.below)
         )
+
+    def without(self, default) -> str:
+        """What holds if the flag is not given, as `--help` says it; `default` is the field's."""
+        words = self.in_words or in_words(default)
+        return words if words == "required" else f"default: {words}"
+
+
+def in_words(value) -> str:
+    """A default as `--help` says it."""
+    return "off" if value is False else "none" if value is None else str(value)
 
 
 def check(name: str, value, kind: type | UnionType, option: Option) -> None:
@@ -87,10 +97,20 @@ def is_of_type(value, kind: type | UnionType) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def add_flag(group, name: str, kind: type | UnionType, option: Option, default: str) -> None:
-    """Add a field's flag to an argument group; `default` says in words what holds without it. Not given, it is None."""
-    how = {"default": None, "help": f"{option.help} ({default})".replace("%", "%%")}
-    first = kinds_of(kind)[0]
+def add_flags(parser: argparse.ArgumentParser, found: Iterable[Field], groups: Collection[str] = ()) -> None:
+    """Add the flags of fields to a parser, in the `groups` in this order, by default in that of the fields."""
+    found = [one for one in found if one.metadata["about"].group]
+    groups = groups or dict.fromkeys(one.metadata["about"].group for one in found)
+    titled = {title: parser.add_argument_group(title) for title in groups}
+    for one in found:
+        add_flag(titled[one.metadata["about"].group], one.name, one)
+
+
+def add_flag(group, name: str, one: Field) -> None:
+    """Add a field's flag to an argument group under this name. Not given, it is None."""
+    option = one.metadata["about"]
+    how = {"default": None, "help": f"{option.help} ({option.without(one.default)})".replace("%", "%%")}
+    first = kinds_of(one.type)[0]
     if first is bool:
         group.add_argument(f"--{name}", action="store_true", **how)
         return
