@@ -2,14 +2,15 @@
 
 import sys
 
-from kv_compression.generation.request import GenerationRequest, parse
+from kv_compression.generation.request import GenerationRequest
 from kv_compression.io.errors import is_main_process, quiet_libraries, run_script
+from kv_compression.io.flags import parse_request
 from kv_compression.io.results import results_of_run
 
 
 def main() -> None:
     """Generate what is missing."""
-    request = parse(GenerationRequest, __doc__)
+    request = parse_request(GenerationRequest, __doc__)
     if is_main_process():  # before the seconds that the imports take
         results_of_run(request.model_dir)
     quiet_libraries()

@@ -21,7 +21,7 @@ from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import KVCompression
-from kv_compression.methods.ratio import entries_to_remove, widest_window
+from kv_compression.methods.ratio import entries_to_remove, shortest_spans, widest_window
 from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.architectures import causal_lm_of, check_architecture, decoder_of, input_device
@@ -284,8 +284,13 @@ def warn_of_late_keys(cache: SentinelCache, ratio: float) -> None:
             return
 
 
-def mark(tokens: list[int], rule: Rule, ratio: float | None, max_span_length: int, seed: int) -> list[int]:
-    """Token ids with sentinels around the spans that a rule compresses. ValueError if that share cannot be removed."""
+def mark(
+    tokens: list[int], rule: Rule, ratio: float | None, max_span_length: int, seed: int, shortest: bool = False
+) -> list[int]:
+    """Token ids with sentinels around the spans that a rule compresses, no longer than needed if `shortest`.
+
+    ValueError if that share cannot be removed.
+    """
     if not tokens:
         raise ValueError("there is no text to compress")
     if not rule.uses_sentinels:
@@ -302,6 +307,8 @@ def mark(tokens: list[int], rule: Rule, ratio: float | None, max_span_length: in
     entries_to_remove(*shape)  # says what is wrong
     # A window that fits a training block may leave no room for spans in a shorter text.
     last = len(tokens) - min(rule.recent_tokens, widest_window(*shape))
-    rng = np.random.default_rng(seed)
-    spans = exact_spans(len(tokens), ratio, max_span_length, rng, cr_tokens=rule.cr_tokens, first=first, last=last)
+    rng, region = np.random.default_rng(seed), {"cr_tokens": rule.cr_tokens, "first": first, "last": last}
+    if shortest:
+        max_span_length = shortest_spans(len(tokens), ratio, max_span_length, **region)
+    spans = exact_spans(len(tokens), ratio, max_span_length, rng, **region)
     return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id, rule.cr_tokens)

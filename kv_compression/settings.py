@@ -7,6 +7,7 @@ checking settings does not load torch, so that a wrong flag is refused at once.
 
 import hashlib
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -33,21 +34,30 @@ AS_IN_THE_PAPER = object()
 class Setting(flags.Option):
     """What a field of `Settings` says about itself.
 
-    `embedded` is its value in the preset `embedded`. It is an option of `methods` alone, and of `protocol` alone. Two
-    runs that differ in it are different runs if it is `in_identity`; the default folder then names it, if `in_name`
-    (False where the name has it anyway).
+    `label` says a value other than the default in a report, "{}" being the value. `embedded` is its value in the
+    preset `embedded`. It is an option of `methods` alone, and of `protocol` alone. Two runs that differ in it are
+    different runs if it is `in_identity`; the default folder then names it, if `in_name` (False where the name has it
+    anyway).
     """
 
+    label: str = ""
     embedded: object = AS_IN_THE_PAPER
     methods: tuple[str, ...] = ()
     protocol: str | None = None
     in_identity: bool = True
     in_name: bool = True
 
+    def without(self, default) -> str:
+        """Whose option it is and what holds if its flag is not given, as `--help` says it."""
+        whose = "only for " + " and ".join(self.methods) if self.methods else ""
+        needs = f"needs --protocol {self.protocol}" if self.protocol else ""
+        differs = "" if self.embedded is AS_IN_THE_PAPER else f"preset embedded: {flags.in_words(self.embedded)}"
+        return "; ".join(filter(None, [whose, needs, super().without("auto" if self.auto else default), differs]))
 
-def setting(default, help: str = "", **about):
-    """A field of `Settings`, with what `Setting` has to say about it."""
-    return field(default=default, metadata={"about": Setting(help=help, **about)})
+
+def setting(default, help: str = "", label: str = "", **about):
+    """A field of `Settings`, and what `Setting` says about it."""
+    return field(default=default, metadata={"about": Setting(help=help, label=label, **about)})
 
 
 of_model, of_data, of_method, of_training, of_output = (
@@ -112,15 +122,22 @@ class Settings:
         None, "percentage of the training rows to score, if there is no validation split", least=1, most=99
     )
     block_size: int = of_data(256, "text tokens in a block", least=2)
-    max_span_length: int = of_method(25, "longest span: words in protocol paper, tokens in matched", least=2)
+    max_span_length: int = of_method(
+        25, "longest span: words in protocol paper, tokens in matched", "spans to {}", least=2
+    )
     span_sampler: str = of_method(
         "random",
         "which spans: random, as short as can be, equal, or the least surprising",
+        "{} sampler",
         choices=SPAN_SAMPLERS,
         **MATCHED,
     )
     span_unit: str = of_method(
-        "token", "units of --span_sampler self_information; all but token need spaCy", choices=SPAN_UNITS, **MATCHED
+        "token",
+        "units of --span_sampler self_information; all but token need spaCy",
+        "cheapest {}s",
+        choices=SPAN_UNITS,
+        **MATCHED,
     )
     spacy_model: str | None = of_method(
         None, "model that finds phrases and sentences", in_words="an installed en_core_web_sm*", methods=KV
@@ -131,16 +148,25 @@ class Settings:
     sink_tokens: int = of_method(
         0,
         "first tokens that all later ones see",
+        "sinks {}",
         in_words="0; sink_attention: 4",
         least=0,
         methods=(*KV, "sink_attention"),
     )
-    cr_tokens: int = of_method(1, "<CR> tokens at the end of a span", least=1, **MATCHED)
+    cr_tokens: int = of_method(1, "<CR> tokens at the end of a span", "{} CR tokens", least=1, **MATCHED)
     cr_visibility: str = of_method(
-        "span", "what <CR> sees: its span, or its context as well", choices=("span", "context"), methods=KV
+        "span",
+        "what <CR> sees: its span, or its context as well",
+        "CR sees {}",
+        choices=("span", "context"),
+        methods=KV,
     )
-    recent_tokens: int = of_method(0, "text tokens to read before a token of a closed span leaves", least=0, methods=KV)
-    distill_weight: float = of_training(0.0, "weight of the untouched model's prediction in the loss", least=0, most=1)
+    recent_tokens: int = of_method(
+        0, "text tokens to read before a token of a closed span leaves", "window {}", least=0, methods=KV
+    )
+    distill_weight: float = of_training(
+        0.0, "weight of the untouched model's prediction in the loss", "distilled {}", least=0, most=1
+    )
     sentinel_learning_rate: float | None = of_training(
         None, "learning rate of the sentinels' embeddings", in_words="--learning_rate", least=0, methods=KV
     )
@@ -160,7 +186,9 @@ class Settings:
     documents: str = of_data(
         "auto", "a document: a row or a WikiText article; auto: by titles", choices=("auto", "rows", "articles")
     )
-    fixed_spans: bool = of_method(False, "draw spans once, not every epoch", in_words="off; protocol paper: always on")
+    fixed_spans: bool = of_method(
+        False, "draw spans once, not every epoch", "spans drawn {}", in_words="off; protocol paper: always on"
+    )
     per_device_train_batch_size: int = of_training(4, "blocks in a training batch, on each device", least=1)
     per_device_eval_batch_size: int = of_training(4, "blocks that each device scores at once", least=1)
     gradient_accumulation_steps: int = of_training(3, "batches in an optimizer step", least=1, embedded=1)
@@ -205,14 +233,6 @@ class Settings:
         hashed = {name: file_identity(settings[name]) for name in settings if name.endswith("_file")}
         return settings | hashed | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
-    @staticmethod
-    def regardless_of_processes(identity: dict) -> dict:
-        """An identity that does not depend on how many processes share a batch."""
-        identity = dict(identity)
-        shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
-        trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
-        return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
-
     def check(self, in_blocks: bool = True) -> None:
         """Raise UsageError for values that no run can have and, if `in_blocks`, for spans that do not fit a block."""
         for one in fields(self):
@@ -225,8 +245,7 @@ class Settings:
             raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
         if self.checkpoint_interval() == (None, None):
             raise UsageError(
-                f"--checkpointing_steps {self.checkpointing_steps}: give a number of steps (100), of minutes (10m) "
-                "or epoch"
+                f"--checkpointing_steps {self.checkpointing_steps}: give steps (100), minutes (10m) or epoch"
             )
         self._check_options()
         if in_blocks and self.method == "kv_compression" and self.protocol == "matched":
@@ -286,13 +305,12 @@ class Settings:
         text = str(self.checkpointing_steps)
         if text == "epoch":
             return steps_per_epoch, None
-        try:
+        with suppress(ValueError):
             if text.endswith("m"):
                 minutes = float(text[:-1])
                 return None, minutes if 0 <= minutes < float("inf") else None
-            return (int(text), None) if int(text) > 0 else (None, None)
-        except ValueError:
-            return None, None
+            return int(text) if int(text) > 0 else None, None
+        return None, None
 
 
 ABOUT: dict[str, Setting] = {one.name: one.metadata["about"] for one in fields(Settings)}
@@ -301,11 +319,10 @@ PRESETS: dict[str, dict] = {
     "embedded": {name: about.embedded for name, about in ABOUT.items() if about.embedded is not AS_IN_THE_PAPER},
 }
 OPTIONS_OF_METHODS = {name: about.methods for name, about in ABOUT.items() if about.methods}
-
-
-def options_of_others(method: str) -> set[str]:
-    """The settings that are options of other methods than this one."""
-    return {name for name, methods in OPTIONS_OF_METHODS.items() if method not in methods}
+# How a report says a value of these; an option of a method without a label goes by its name.
+LABELS = {
+    name: about.label or name.replace("_", " ") + " {}" for name, about in ABOUT.items() if about.label or about.methods
+}
 
 
 @dataclass(frozen=True)
@@ -331,30 +348,13 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
         usage="%(prog)s --method METHOD [--bound_ratio X] [other flags]",
         description="Fine-tune a language model with LoRA under one method's mask, and report its test perplexity.",
     )
-    groups = {name: parser.add_argument_group(name) for name in ("model", "data", "method", "training", "output")}
-    for one in (*fields(Settings), *fields(Actions)):
-        about = one.metadata["about"]
-        if about.group:
-            flags.add_flag(groups[about.group], one.name, one.type, about, _in_words(one.default, about))
+    groups = ("model", "data", "method", "training", "output")
+    flags.add_flags(parser, (*fields(Settings), *fields(Actions)), groups)
     given = vars(parser.parse_args(argv, also=also))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if isinstance(given["bound_ratio"], tuple):
         given["lowest_bound_ratio"], given["bound_ratio"] = given["bound_ratio"]
     return given, given.pop("overwrite") or False, given.pop("resume_from_checkpoint")
-
-
-def _in_words(default, about: Setting) -> str:
-    """Whose option a setting is and what holds if its flag is not given, as `--help` says it."""
-    default, embedded = (
-        {False: "off", None: "none"}[value] if value is None or value is False else str(value)
-        for value in ("auto" if about.auto else default, about.embedded)
-    )
-    default = about.in_words or default
-    default = default if default == "required" else f"default: {default}"
-    whose = "only for " + " and ".join(about.methods) if about.methods else ""
-    needs = f"needs --protocol {about.protocol}" if about.protocol else ""
-    differs = "" if about.embedded is AS_IN_THE_PAPER else f"preset embedded: {embedded}"
-    return "; ".join(filter(None, [whose, needs, default, differs]))
 
 
 def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:

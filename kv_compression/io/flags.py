@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -24,8 +24,9 @@ class Option:
 
     It is explained by `help` in the `group` of `--help`; without a group it has no flag. Its value is one of `choices`
     (the flag may also be "auto", if `auto`), or a number that is at `least`, at `most`, `above` or `below` a bound.
-    `in_words` is the default in words, where the value itself does not say it. A flag with a `const` has this value if
-    it is given without one. `read` reads the flag's text, if that says more than the field's type can hold.
+    `in_words` is the default in words, where the value itself does not say it, or "required". A flag with a `const`
+    has this value if it is given without one. `read` reads the flag's text, if that says more than the field's type can
+    hold.
     """
 
     group: str | None = None
@@ -59,6 +60,21 @@ class Option:
             and (self.below is None or number < self.below)
         )
 
+    def without(self, default) -> str:
+        """What holds if the flag is not given, as `--help` says it; `default` is the field's."""
+        words = self.in_words or in_words(default)
+        return words if words == "required" else f"default: {words}"
+
+
+def option(default, help: str, **about):
+    """A field of a request, with what `flags.Option` has to say about it."""
+    return field(default=default, metadata={"about": Option(help=help, **about)})
+
+
+def in_words(value) -> str:
+    """A default as `--help` says it."""
+    return "off" if value is False else "none" if value is None else str(value)
+
 
 def check(name: str, value, kind: type | UnionType, option: Option) -> None:
     """Raise UsageError unless a field may have this value, which may come from a file."""
@@ -91,10 +107,20 @@ def is_of_type(value, kind: type | UnionType) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def add_flag(group, name: str, kind: type | UnionType, option: Option, default: str) -> None:
-    """Add a field's flag to an argument group; `default` says in words what holds without it. Not given, it is None."""
-    how = {"default": None, "help": f"{option.help} ({default})".replace("%", "%%")}
-    first = kinds_of(kind)[0]
+def add_flags(parser: argparse.ArgumentParser, found: Iterable[Field], groups: Collection[str] = ()) -> None:
+    """Add the flags of fields to a parser, in the `groups` in this order, by default in that of the fields."""
+    found = [one for one in found if one.metadata["about"].group]
+    groups = groups or dict.fromkeys(one.metadata["about"].group for one in found)
+    titled = {title: parser.add_argument_group(title) for title in groups}
+    for one in found:
+        add_flag(titled[one.metadata["about"].group], one.name, one)
+
+
+def add_flag(group, name: str, one: Field) -> None:
+    """Add a field's flag to an argument group under this name. Not given, it is None."""
+    option = one.metadata["about"]
+    how = {"default": None, "help": f"{option.help} ({option.without(one.default)})".replace("%", "%%")}
+    first = kinds_of(one.type)[0]
     if first is bool:
         group.add_argument(f"--{name}", action="store_true", **how)
         return
@@ -132,6 +158,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         complain(f"{message} (see python {self.prog} --help)")
         self.exit(2)
+
+
+def parse_request(request: type, description: str):
+    """The request that the command line makes. What is in no group is given without a flag."""
+    parser = Parser(description=description)
+    for one in fields(request):
+        about = one.metadata["about"]
+        if about.group is None:
+            parser.add_argument(one.name, nargs="*", help=f"{about.help} ({about.without(one.default)})")
+    add_flags(parser, fields(request))
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value not in (None, [])}
+    if missing := [one.name for one in fields(request) if one.default is MISSING and one.name not in given]:
+        parser.error(f"--{missing[0]} is missing")
+    return request(**given)
 
 
 def nearest(flag: str, known: Iterable[str]) -> str | None:

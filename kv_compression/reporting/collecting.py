@@ -4,7 +4,6 @@ A run is a row of its group's table, a scored file a row of its set's. Runs are 
 settings only, scores within a set of the same documents, scorers and generation only.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from kv_compression.io import fields, strict_json
 from kv_compression.io.errors import UsageError, one_line, printable
 from kv_compression.io.fields import number
 from kv_compression.methods import METHODS
-from kv_compression.methods.rule import Rule
 from kv_compression.methods.sink_attention import SINKS
+from kv_compression.settings import LABELS, OPTIONS_OF_METHODS, Settings
 
 FULL, KV, SINK = "full_attention", "kv_compression", "sink_attention"
 CLAIMED = ("local_attention", "scattered_attention")  # the baselines that the published claim names
@@ -37,37 +36,15 @@ OF_A_MEASUREMENT = (
 )
 
 UNTUNED = "not fine-tuned"
-# Settings that make a variant of a method: the plain method's value, and the words for any other.
-VARIANTS = {
-    "sink_tokens": (0, "sinks {}"),
-    "cr_tokens": (1, "{} CR tokens"),
-    "cr_visibility": ("span", "CR sees {}"),
-    "recent_tokens": (0, "window {}"),
-    "distill_weight": (0, "distilled {}"),
-    "sentinel_learning_rate": (None, "sentinel learning rate {}"),
-    "span_sampler": ("random", "{} sampler"),
-    "span_unit": ("token", "{}"),
-    "spacy_model": (None, "{}"),
-    "max_span_length": (25, "spans to {}"),
-    "fixed_spans": (False, "spans drawn {}"),
-    "eval_only": (False, UNTUNED),
-}
-# Options that a method's class defines: their names and defaults.
-OPTIONS = {
-    method: {own.name: own.default for own in dataclasses.fields(rule) if own.name not in Rule.__dataclass_fields__}
-    for method, rule in METHODS.items()
-}
-for _name, _default in (option for own in OPTIONS.values() for option in own.items()):
-    VARIANTS.setdefault(_name, (_default, _name.replace("_", " ") + " {}"))
 SPACY_MODEL = "en_core_web_sm"  # the usual parser, whoever packaged it
-# Variants' settings that a sweep may give to all methods: then they make groups.
-OF_A_SWEEP = {name: VARIANTS[name][0] for name in ("distill_weight", "max_span_length", "fixed_spans")}
+# Variants' settings that a sweep may give to all methods: then they make groups. With their defaults.
+OF_A_SWEEP = {name: getattr(Settings, name) for name in sorted({*LABELS} - {*OPTIONS_OF_METHODS})}
 PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
 # Settings in which the runs of one group may differ. All others make groups. A recipe is a name for other settings.
 FREE_IN_GROUP = {
     *("method", "bound_ratio", "protocol", "seed", "attn_implementation", "output_dir"),
-    *("preprocessing_num_workers", "preset_reason", "skip_untrained", "recipe"),
-    *VARIANTS,
+    *("preprocessing_num_workers", "preset_reason", "skip_untrained", "eval_only"),
+    *LABELS,
 }
 OF_A_GENERATION = ("prefix_words", "words", "continuations", "top_p", "allow_eos", "seed")
 # Other programs' files that lie beside results, and files of these scripts that are not results.
@@ -288,25 +265,28 @@ def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
 def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
     """How a run differs from its plain method in words, "" if it does not; `sweep` holds what its group was given."""
     method = content["method"]
-    settings = content["settings"] | {"eval_only": bool(content.get("eval_only"))}
-    unit = settings.get("span_unit") or "token"
-    if settings.get("span_sampler") == "self_information" and unit != "token":
-        settings |= {"span_sampler": "random", "span_unit": f"cheapest {unit}s"}
+    settings = dict(content["settings"])
+    if settings.get("span_unit") not in (None, Settings.span_unit):  # its label says the sampler as well
+        settings["span_sampler"] = None
     if str(settings.get("spacy_model")).startswith(SPACY_MODEL):
         settings["spacy_model"] = None
-    counts = {"eval_only", *OPTIONS.get(method, ())}
+    counts = {name for name, methods in OPTIONS_OF_METHODS.items() if method in methods}
     if uses_sentinels(content):  # settings of spans mean nothing to a method without them
-        counts |= set(VARIANTS) - ({"fixed_spans"} if content["protocol"] == "paper" else set())
+        counts = {*LABELS} - ({"fixed_spans"} if content["protocol"] == "paper" else set())
     parts = []
-    for name, (plain, form) in VARIANTS.items():
+    for name, form in LABELS.items():
         value = settings.get(name)
-        plain = (0, SINKS) if method == SINK and name == "sink_tokens" else (sweep.get(name, plain),)
-        if name in counts and value is not None and value not in plain:
-            if isinstance(value, bool):
-                value = "once" if value else "anew"
-            words = f"{value:g}" if isinstance(value, float) else printable(str(value))[:40].replace("_", "-")
-            parts.append(form.format(words))
-    return ", ".join(parts)
+        plain = (0, SINKS) if method == SINK and name == "sink_tokens" else (sweep.get(name, getattr(Settings, name)),)
+        if name in counts - {"recipe"} and value is not None and value not in plain:
+            parts.append(form.format(_words(value)))
+    return ", ".join(parts + [UNTUNED] * bool(content.get("eval_only")))
+
+
+def _words(value) -> str:
+    """A setting's value, which may come from a file, in words."""
+    if isinstance(value, bool):
+        return "once" if value else "anew"
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))[:40].replace("_", "-")
 
 
 def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[int, dict]], folder: Path) -> None:
@@ -369,7 +349,7 @@ def _variant_of_scores(content: dict, run: dict | None, about: dict) -> str:
         trained = {name: run["settings"].get(name) for name in ("recent_tokens", "max_span_length")}
         for name, value in (trained | {"recent_tokens": trained["recent_tokens"] or 0}).items():
             if value is not None and (used := recorded.get(name, value)) != value:
-                words.append(VARIANTS[name][1].format(printable(str(used))[:40]) + " generating")
+                words.append(LABELS[name].format(_words(used)) + " generating")
     return ", ".join(filter(None, words))
 
 

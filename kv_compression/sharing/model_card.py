@@ -14,7 +14,7 @@ from kv_compression.io.errors import RunError, one_line
 from kv_compression.io.hub import repository_name
 from kv_compression.io.ownership import write_whole
 from kv_compression.methods import METHODS
-from kv_compression.settings import EMBEDDED, Settings
+from kv_compression.settings import EMBEDDED, LABELS, Settings
 
 CARD = "README.md"
 PAPER = "Context Compression for Auto-regressive Transformers with Sentinel Tokens"
@@ -26,9 +26,8 @@ WEIGHED = {
     "published sampler was asked for.",
     "matched": "Protocol `matched`: every target token weighs the same; text and targets are the same for all methods.",
 }
-OPTIONS = ("recipe", "span_sampler", "span_unit", "spacy_model", "max_span_length", "sink_tokens", "recent_tokens")
-OPTIONS += ("cr_tokens", "cr_visibility", "distill_weight", "sentinel_learning_rate", "isolate_documents")
-OPTIONS += ("position_ids_by_document", "documents")
+# Of a run's settings, what it attended by: options of the method, and those of documents.
+OPTIONS = (*LABELS, "isolate_documents", "position_ids_by_document", "documents")
 
 TEMPLATE = """---
 {metadata}
@@ -161,6 +160,8 @@ def summary(results: dict) -> str:
     trained = "not fine-tuned" if results["eval_only"] else "fine-tuned with LoRA"
     merged = ", the adapter merged into the weights" if "export" in results else ""
     found = {name: settings.get(name, getattr(Settings, name)) for name in OPTIONS}
+    if results["protocol"] == "paper":  # it always fixes spans
+        del found["fixed_spans"]
     options = [f"`{name}` {value}" for name, value in found.items() if value != getattr(Settings, name)]
     options = f", with {', '.join(options)}" if options else ""
     return (

@@ -81,9 +81,7 @@ def _parser(description: str) -> Parser:
     group = parser.add_argument_group("claim 2, as for generate_c4.py")
     for one in fields(GenerationRequest):
         if one.name in OF_CLAIM_2:
-            about = one.metadata["about"]
-            default = about.in_words or ("off" if one.default is False else one.default)
-            add_flag(group, OF_CLAIM_2[one.name], one.type, about, f"default: {default}")
+            add_flag(group, OF_CLAIM_2[one.name], one)
     return parser
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kv_compression import settings as run_settings
 from kv_compression.methods import METHODS
 from kv_compression.methods.full_attention import FullAttention
+from kv_compression.settings import OPTIONS_OF_METHODS
 
 FULL = FullAttention.name  # the baseline
 
@@ -35,7 +35,7 @@ class PlannedRun(NamedTuple):
 
         The untouched model is scored once, by the run with `eval_only`, and skipped by the others.
         """
-        foreign = run_settings.options_of_others(self.method)
+        foreign = {name for name, methods in OPTIONS_OF_METHODS.items() if self.method not in methods}
         own = {"method": self.method, "bound_ratio": self.ratio, "protocol": self.protocol, "seed": self.seed}
         own |= {"eval_only": True} if self.eval_only else {"skip_untrained": True, "resume_from_checkpoint": True}
         return as_flags(own | {name: value for name, value in given.items() if name not in foreign})

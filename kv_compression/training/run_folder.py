@@ -82,10 +82,18 @@ def _made_from_a_run(folder: Path) -> list[str]:
 
 def differences(old, new: dict) -> str:
     """The first settings that differ, "" if none does. A setting that is missing in `old` had its default."""
-    old = Settings.regardless_of_processes(Settings().identity() | (old if isinstance(old, dict) else {}))
-    new = Settings.regardless_of_processes(new)
+    old = _regardless_of_processes(Settings().identity() | (old if isinstance(old, dict) else {}))
+    new = _regardless_of_processes(new)
     changed = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in old if old[name] != new.get(name)]
     return "; ".join(changed[:3])
+
+
+def _regardless_of_processes(identity: dict) -> dict:
+    """An identity that does not depend on how many processes share a batch."""
+    identity = dict(identity)
+    shares = identity.pop("per_device_train_batch_size", None), identity.pop("num_processes", 1)
+    trained = all(isinstance(share, int) for share in shares) and not identity.get("eval_only")
+    return identity | {"blocks a micro-batch": shares[0] * shares[1] if trained else None}
 
 
 @contextmanager
@@ -129,7 +137,7 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
 def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
     steps, minutes = settings.checkpoint_interval(steps_per_epoch)
-    identity, defaults = (Settings.regardless_of_processes(one.identity()) for one in (settings, Settings()))
+    identity, defaults = (_regardless_of_processes(one.identity()) for one in (settings, Settings()))
     return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
 
