@@ -94,7 +94,8 @@ def check(name: str, value, kind: type | UnionType, option: Option) -> None:
 
 def kinds_of(kind: type | UnionType) -> list[type]:
     """The plain types that a field's type consists of: `tuple[str, ...] | None` is tuple and None's type."""
-    return [get_origin(one) or one for one in get_args(kind) or (kind,)]
+    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return [get_origin(one) or one for one in parts]
 
 
 def is_of_type(value, kind: type | UnionType) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,12 +188,12 @@ def describe(request: RecallRequest, settings: Settings, run: dict | None, sourc
 def read_lines(request: RecallRequest, about: dict) -> list[dict]:
     """The answers that are there already. UsageError if other settings made them, unless they are to be replaced."""
     path = request.folder / LINES
-    lines = []
-    with suppress(FileNotFoundError):
-        try:
-            lines = [strict_json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read: {one_line(error)}") from error
+    try:
+        lines = [strict_json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {one_line(error)}") from error
     if not lines or request.overwrite:
         return []
     if lines[0] != {"about": json.loads(json.dumps(about))}:
