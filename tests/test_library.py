@@ -156,7 +156,7 @@ def test_generation_goes_on_from_a_compressed_text_as_if_it_were_read_again(runs
     again = kvc.SentinelCache.load(tmp_path / "prefix.safetensors")
     assert model.generate(**again.followed_by(question), **settings).tolist() == first.tolist()
 
-    ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, 25, 0)
+    ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, api.SpanLengths(), 0)
     whole, new = torch.tensor([ids + question[0].tolist()]), []
     for _ in range(12):
         with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
         assert patch.rule == KVCompression(tokens, tokens + 1, **options)
         assert model.get_input_embeddings().weight.shape[0] == tokens + 2
         cache = kvc.compress(model, tokenizer, TEXT, 0.5)
-        ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+        ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, api.SpanLengths(), 0)
         with torch.no_grad():
             expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
             found = prefill(model, torch.tensor([[7]]), cache)[0]
@@ -334,7 +334,7 @@ def test_attaching_again_to_a_fresh_model_sets_its_rows_again(tiny_model):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
         with kvc.attach(model, tokenizer) as patch:
-            ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+            ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, api.SpanLengths(), 0)
             found.append(logits_of(model, ids))
         with kvc.attach(model, tokenizer):
             assert torch.equal(logits_of(model, ids), found[-1])

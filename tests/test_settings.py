@@ -11,6 +11,7 @@ import torch
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
+from kv_compression.io import machine
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import CR_VISIBILITIES
@@ -30,7 +31,7 @@ def gpu(monkeypatch, memory):
     [(None, "embedded", "no CUDA GPU"), (8, "embedded", "8 GiB"), (80, "paper", "80 GiB")],
 )
 def test_auto_takes_the_paper_where_a_gpu_can(monkeypatch, memory, preset, reason):
-    gpu(monkeypatch, memory and memory * run_settings.GIB)
+    gpu(monkeypatch, memory and memory * machine.GIB)
     settings = run_settings.resolve({"preset": "auto"})
     assert settings.preset == preset
     assert reason in settings.preset_reason
@@ -111,8 +112,14 @@ def test_flags_beat_the_preset():
         ({"span_unit": "phrase", "protocol": "matched"}, "needs --span_sampler self_information"),
         ({"documents": "rows"}, "documents rows needs --isolate_documents or --position_ids_by_document"),
         ({"documents": "lines", "isolate_documents": True}, "documents lines: choose from auto, rows, articles"),
-        ({"span_sampler": "best", "protocol": "matched"}, "choose from random, fixed, self_information"),
+        ({"span_sampler": "best", "protocol": "matched"}, "choose from random, shortest, fixed, self_information"),
         ({"cr_tokens": 25, "protocol": "matched"}, "must be above --cr_tokens 25"),
+        ({"lowest_bound_ratio": 0.9, "bound_ratio": 0.5}, "0.9-0.5: give the lower end first"),
+        ({"echo_share": 0.1}, "echo_share needs --protocol matched"),
+        ({"echo_share": 0.6, "fact_share": 0.6, "protocol": "matched"}, "together at most 1"),
+        ({"echo_share": 0.6, "block_size": 32, "protocol": "matched"}, "block_size of at least 64"),
+        ({"fact_share": 0.6, "isolate_documents": True, "protocol": "matched"}, "change the text"),
+        ({"answer_weight": 2.0, "protocol": "matched"}, "needs --echo_share or --fact_share"),
         ({"preset": "foo"}, "--preset foo: choose from auto, paper, embedded"),
         ({"mixed_precision": "fp8"}, "--mixed_precision fp8: choose from no, bf16"),
         ({"lr_scheduler_type": "steps"}, "--lr_scheduler_type steps: choose from linear, "),
@@ -163,7 +170,7 @@ def test_a_folder_of_many_options_has_a_name_that_any_disk_takes():
 
 def test_precision_and_kernel_are_named_where_the_machine_would_choose_another(monkeypatch):
     for has_bf16, asked, name in [(True, "no", "_mixed_precision-no"), (True, "bf16", ""), (False, "no", "")]:
-        monkeypatch.setattr(run_settings, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(machine, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
         assert run_settings.resolve({"preset": "paper", "mixed_precision": asked}).output_dir.endswith(f"_0.0{name}")
 
 
@@ -224,7 +231,12 @@ def test_help_explains_every_flag_in_groups_with_its_defaults(monkeypatch, capsy
     flags = {name for name, about in run_settings.ABOUT.items() if about.group}
     flags |= {"resume_from_checkpoint", "overwrite", "push_to_hub", "hub_private"}
     assert {name for name, *_ in explained} == flags
-    assert set(run_settings.ABOUT) - flags == {"preset_reason", "published_schedule", "num_processes"}
+    assert set(run_settings.ABOUT) - flags == {
+        "preset_reason",
+        "published_schedule",
+        "num_processes",
+        "lowest_bound_ratio",
+    }
     defaults = {name: default for name, _, default in explained}
     assert all("default: " in default for name, default in defaults.items() if name != "method")
     assert defaults["method"] == "required"

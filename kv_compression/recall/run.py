@@ -36,7 +36,7 @@ def measure_recall(request: RecallRequest) -> str:
     model, tokenizer, settings, run = load(request)
     source = Source(read_text(request, tokenizer), tokenizer)
     lengths = request.asked_lengths()
-    most = positions_of(model)
+    most = positions_of(model.config)
     if most is not None and max(lengths) + 128 > most:
         raise UsageError(f"--lengths {max(lengths)} and a question are longer than the model's {most} positions")
     if len(source.text) < max(lengths):
@@ -104,11 +104,15 @@ def read_text(request: RecallRequest, tokenizer) -> list[int]:
 def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: Source, request) -> Iterator[dict]:
     """The answers to a task at one ratio, a dictionary for each document."""
 
-    def marked(document: list[int]) -> list[int]:
-        shortest = settings.span_sampler == "shortest"
-        return api.mark(document, rule, ratio, settings.max_span_length, request.seed, shortest) if ratio else document
+    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest")
 
-    found = list(enumerate(examples(task, source, request.asked_lengths(), request.documents, request.seed)))
+    def marked(document: list[int]) -> list[int]:
+        return api.mark(document, rule, ratio, spans, request.seed) if ratio else document
+
+    try:
+        found = list(enumerate(examples(task, source, request.asked_lengths(), request.documents, request.seed)))
+    except ValueError as error:
+        raise UsageError(f"--lengths: {error}") from error
     for start in range(0, len(found), request.batch_size):
         batch = found[start : start + request.batch_size]
         batch = [(index, length, example) for index, (length, example) in batch]

@@ -81,7 +81,7 @@ def placed(source: Source, length: int, parts: list[list[int]], at: list[float],
     room = length - sum(map(len, parts))
     if room <= START:
         raise ValueError(f"a document of {length} tokens is too short for what it is to say")
-    filler = source.stretch(room, rng)
+    filler = source.stretch(length, rng)[:room]  # the same, however long the parts are
     tokens, begins, taken = [], [], 0
     for depth, part in zip(at, parts):
         place = START + round(depth * (room - START))
