@@ -55,7 +55,8 @@ def test_a_document_says_what_is_asked_where_it_says_so_and_nowhere_without(task
     changed = example.without[first : last + 1]
     assert changed != asked.answer
     same = first - tasks.GIVEN if task == "repeat" else first
-    assert example.without[:same] == example.document[:same]
+    if task != "copy":  # whose words differ in length
+        assert example.without[:same] == example.document[:same]
     if task != "repeat":
         assert letters(asked.answer) in letters(example.document)
         assert letters(asked.answer) not in letters(example.without)
