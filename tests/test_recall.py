@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_recall
+import run_clm
 from kv_compression.data.asking import CUES, FACTS, HELD_OUT, SYLLABLES, THING_FACTS
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
@@ -273,3 +274,24 @@ def test_transformers_is_not_needed_to_refuse_a_flag():
     assert transformers  # loaded by the tests themselves; the request's module must not ask for it
     source = Path("kv_compression/recall/request.py").read_text()
     assert "torch" not in source.split('"""', 2)[2]
+
+
+def test_one_adapter_is_scored_at_any_ratio(run, tmp_path, monkeypatch, capsys):
+    test_file = write_texts(tmp_path)["test_file"]
+
+    def scored(*flags):
+        flags = ["run_clm.py", "--eval_only", "--model_dir", run, "--test_file", test_file, *flags]
+        status, _, errors = call_script(run_clm.main, flags, monkeypatch, capsys)
+        assert (status, errors) == (0, [])
+        return json.loads((Path(flags[-1]) / "results.json").read_text())
+
+    trained = json.loads((Path(run) / "results.json").read_text())
+    same = scored("--max_eval_blocks", "4", "--output_dir", str(tmp_path / "same"))
+    assert same["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-6)
+    other = scored("--bound_ratio", "0.3", "--output_dir", str(tmp_path / "other"))
+    assert other["removed_fraction"] == pytest.approx(0.3, abs=0.01) and other["bound_ratio"] == 0.3
+    assert other["settings"]["span_sampler"] == "shortest" and other["settings"]["lowest_bound_ratio"] is None
+    assert other["settings"]["model_dir"].startswith("adapter_model.safetensors sha256:")
+    flags = ["run_clm.py", "--model_dir", run, "--test_file", test_file, "--output_dir", str(tmp_path / "new")]
+    status, _, errors = call_script(run_clm.main, flags, monkeypatch, capsys)
+    assert status == 2 and "needs --eval_only" in errors[0]

@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -185,6 +186,19 @@ def nearest(flag: str, known: Iterable[str]) -> str | None:
     near = near or [one for one in names if set(name.split("_")) <= set(one.split("_"))]
     near += difflib.get_close_matches(name, names, 1, cutoff=0.8 if near else 0.6)
     return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
+
+
+def interval(text: str, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
+    """The steps (100, epoch) or the minutes (10m) that a flag names; neither if it names neither."""
+    text = str(text)
+    if text == "epoch":
+        return steps_per_epoch, None
+    with suppress(ValueError):
+        if text.endswith("m"):
+            minutes = float(text[:-1])
+            return None, minutes if 0 <= minutes < float("inf") else None
+        return int(text) if int(text) > 0 else None, None
+    return None, None
 
 
 def ratio(text: str) -> float:

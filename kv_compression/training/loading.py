@@ -9,6 +9,7 @@ import peft
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_utils import load_state_dict
 
@@ -16,13 +17,13 @@ from kv_compression.data import embedded
 from kv_compression.data.reading import OFFLINE
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import check_hub
-from kv_compression.io.results import results_of_run
+from kv_compression.io.results import ADAPTER_FILE, results_of_run
 from kv_compression.methods import METHODS
 from kv_compression.model.attention import FLEX, SORTED_FLEX
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = ("adapter_config.json", ADAPTER_FILE)
 
 
 def load_model(
@@ -107,6 +108,18 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
     return tokenizer, model, settings
+
+
+def load_adapter(model: peft.PeftModel, folder: str) -> None:
+    """Put the adapter of a finished run into a model of `add_lora`. RunError if it is damaged or another model's."""
+    try:
+        weights = load_file(Path(folder) / ADAPTER_FILE)
+        found = peft.set_peft_model_state_dict(model, weights)
+        missing = [name for name in found.missing_keys if "lora_" in name or "trainable_tokens" in name]
+        if found.unexpected_keys or missing:
+            raise ValueError("it is of another model")
+    except Exception as error:  # the loader raises whatever its parsers do
+        raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
 
 
 def recorded_settings(results: dict, folder: str) -> Settings:

@@ -25,7 +25,7 @@ from kv_compression.settings import EMBEDDED, Settings
 from kv_compression.training import run_folder
 from kv_compression.training.checkpoints import Checkpoint, Checkpoints, trained
 from kv_compression.training.evaluation import evaluate
-from kv_compression.training.loading import check_length, load_model
+from kv_compression.training.loading import check_length, load_adapter, load_model
 from kv_compression.training.loop import OPTIMIZER, Prepared, prepare, train
 from kv_compression.training.scalars import Scalars
 from kv_compression.training.schedule import Schedule
@@ -101,7 +101,10 @@ def load(settings: Settings) -> Loaded:
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_splits(settings, tokenizer, model, accelerator.device, revision)
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
-    prepared = prepare(add_lora(model, targets, settings.r, sentinel_ids), accelerator, settings)
+    model = add_lora(model, targets, settings.r, sentinel_ids)
+    if settings.model_dir:
+        load_adapter(model, settings.model_dir)
+    prepared = prepare(model, accelerator, settings)
     return Loaded(settings, accelerator, tokenizer, revision, targets, prepared, rule, splits)
 
 

@@ -13,7 +13,7 @@ import filelock
 import peft
 from torch import Tensor
 
-from kv_compression.io import ownership, processes, strict_json
+from kv_compression.io import flags, ownership, processes, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.fields import is_measured
 from kv_compression.io.results import RESULTS, read_results
@@ -136,7 +136,7 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
 
 def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
-    steps, minutes = settings.checkpoint_interval(steps_per_epoch)
+    steps, minutes = flags.interval(settings.checkpointing_steps, steps_per_epoch)
     identity, defaults = (_regardless_of_processes(one.identity()) for one in (settings, Settings()))
     return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
