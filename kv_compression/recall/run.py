@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -126,12 +127,12 @@ def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: 
         full = measuring.in_full(model, [example.document for *_, example in batch], questions)
         apart = _check(model, rule, documents, questions, answers) if start == 0 else None
         for row, (index, length, example) in enumerate(batch):
+            gone = measuring.have_left(rule, documents[row], questions[row])
+            nats = {"nats": answers, "none": without, "full": full}
             yield {
-                **_line(task, ratio, index, length, example, rule, documents[row]),
+                **_line(task, ratio, index, length, example, gone),
                 "kept": answers.kept[row],
-                "nats": answers.nats[row],
-                "none": without.nats[row],
-                "full": full.nats[row],
+                **{name: _mean_of(found.nats[row], gone) for name, found in nats.items()},
                 "exact": answers.exact[row],
                 "exact_none": without.exact[row],
                 "exact_full": full.exact[row],
@@ -139,31 +140,40 @@ def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: 
             }
 
 
+def _mean_of(nats: list[float], gone: list[bool]) -> float:
+    """Nats a token over the tokens that had left, or over all if none had."""
+    return float(np.mean([one for one, left in zip(nats, gone) if left or not any(gone)]))
+
+
 def _ask_many(model, rule: Rule, ratio: float, marked, index: int, length: int, example: Example) -> dict:
-    found = measuring.together(model, rule, marked(example.document), example.document, example.questions)
-    line = _line("ask_many", ratio, index, length, example, rule, marked(example.document))
-    apart = max(abs(one - other) for one, other in zip(found.nats, found.alone))
-    return line | {"apart": apart} | {name: value for name, value in found._asdict().items() if name != "alone"}
+    document = marked(example.document)
+    found = measuring.together(model, rule, document, example.document, example.questions)
+    gone = measuring.have_left(rule, document, example.questions[0])
+    return {
+        **_line("ask_many", ratio, index, length, example, gone),
+        **{name: value for name, value in found._asdict().items() if name not in ("nats", "alone")},
+        "nats": float(np.mean(sum(found.nats, []))),
+        "apart": float(np.abs(np.subtract(sum(found.nats, []), sum(found.alone, []))).max()),
+    }
 
 
-def _line(task: str, ratio: float, index: int, length: int, example: Example, rule: Rule, document) -> dict:
-    question = example.questions[0]
+def _line(task: str, ratio: float, index: int, length: int, example: Example, gone: list[bool]) -> dict:
     return {
         "task": task,
         "ratio": ratio,
         "index": index,
         "length": length,
         "depth": example.depth,
-        "distance": length - 1 - question.needed[1],
-        "left": measuring.has_left(rule, document, question),
-        "answer_tokens": len(question.answer),
+        "distance": length - 1 - example.questions[0].needed[1],
+        "left": sum(gone) / len(gone),
+        "answer_tokens": len(gone),
     }
 
 
 def _check(model, rule: Rule, documents, questions, answers: measuring.Answers) -> float:
     """How far the cache's answers are from those of the mask in one pass. RunError if that is no rounding."""
     masked = measuring.in_one_pass(model, rule, documents, questions)
-    apart = max(abs(one - other) for one, other in zip(answers.nats, masked.nats))
+    apart = float(np.abs(np.subtract(sum(answers.nats, []), sum(masked.nats, []))).max())
     if apart > AGREE[model.dtype]:
         raise RunError(f"the cache's answers and the mask's are {apart:.3f} nats apart: please report this")
     return apart
