@@ -64,7 +64,7 @@ def run(
         log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
         writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
         untrained = processes.on_main(run_folder.read_untrained, source or folder) if checkpoint else None
-        measured = measure(loaded, untrained, writer, checkpoints, checkpoint)
+        measured = score_and_train(loaded, untrained, writer, checkpoints, checkpoint)
         results = measured | {"wall_seconds": time.perf_counter() - start} | description(loaded) | {"commit": commit}
         model = loaded.prepared.model
         weights = trained(model)
@@ -105,7 +105,7 @@ def load(settings: Settings) -> Loaded:
     return Loaded(settings, accelerator, tokenizer, revision, targets, prepared, rule, splits)
 
 
-def measure(
+def score_and_train(
     loaded: Loaded,
     untrained: dict | None,
     writer: Scalars | None,
