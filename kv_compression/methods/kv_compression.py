@@ -82,25 +82,23 @@ class KVCompression(Rule):
         kinds, positions, visible_from, ignored, _ = tokens
         index = torch.arange(kinds.shape[-1], device=kinds.device).expand_as(kinds)
         is_cl, is_cr, alone = kinds == CL, kinds == CR, kinds == STRAY
+        between = ~(is_cl | is_cr)
         first, last = span_bounds(kinds, CL, CR, self.cr_tokens, ignored)
-        begins_with_cl = is_cl.gather(-1, first.clamp(min=0))
-        inside = ~(is_cl | is_cr) & (last >= 0)
-        first_visible = torch.where(is_cr, first, torch.where(inside, first + begins_with_cl, index))
-        asks = ~(is_cl | is_cr | alone)
-        if self.cr_visibility == "context":
-            asks |= is_cr | alone
-        text = (kinds == TEXT) | (kinds == EXPIRING)
-        sinks = text & (positions < self.sink_tokens) if self.sink_tokens else None
-        closed_kinds = torch.where(self.leaves(tokens, last >= 0), EXPIRING, kinds)
+        closed = last >= 0
+        first_text = first + is_cl.gather(-1, first.clamp(min=0))
+        first_visible = torch.where(is_cr, first, torch.where(between & closed, first_text, index))
+        asks = ~is_cl if self.cr_visibility == "context" else between & ~alone
+        sinks = (kinds == TEXT) & (positions < self.sink_tokens) if self.sink_tokens else None
+        closed_kinds = torch.where(self.leaves(tokens, closed), EXPIRING, kinds)
         permanent = (closed_kinds < EXPIRING) & ~is_cl
         if not self.recent_tokens:
             return Lifetimes(first_visible, asks, sinks, permanent)
 
         recent = min(self.recent_tokens, FARTHEST)
         # A <CR> stands in for its span once the first of its tokens has left; an empty span has none to wait for.
-        real_text = ~(is_cl | is_cr) if ignored is None else ~(is_cl | is_cr | ignored)
+        real_text = between if ignored is None else between & ~ignored
         next_text = torch.where(real_text, index, kinds.shape[-1] - 1).flip(-1).cummin(-1).values.flip(-1)
-        start = next_text.gather(-1, (first + begins_with_cl).clamp(min=0))
+        start = next_text.gather(-1, first_text.clamp(min=0))
         waits = is_cr & (start < last) & (positions.gather(-1, last.clamp(min=0)) >= self.sink_tokens)
         first_to_leave = positions.gather(-1, start).clamp(min=self.sink_tokens)
         begin = torch.where(waits, first_to_leave + recent + 1, visible_from)
