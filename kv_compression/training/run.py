@@ -112,9 +112,10 @@ def score_and_train(
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
 ) -> dict:
-    """Score the untouched model, fine-tune it, and score it again: the measured part of results.json.
+    """Score the model before training, train it, and score it again; returns the measured part of results.json.
 
-    `untrained` holds the scores before fine-tuning if an interrupted run has left them.
+    `untrained` holds the scores before training if an interrupted run has left them. With `eval_only` there is no
+    training, with `skip_untrained` no score before it.
     """
     settings, accelerator, prepared = loaded.settings, loaded.accelerator, loaded.prepared
     rule, splits = loaded.rule, loaded.splits
