@@ -286,7 +286,7 @@ def compress(
     cache = SentinelCache(rule=rule)
     input_ids, padding = as_batch(rows, input_device(model))
     prefill(model, input_ids, cache, padding, chunk)
-    if rule.uses_sentinels:
+    if rule.recent_tokens:
         warn_of_late_keys(cache, rule.ratio if ratio is None else ratio)
     return cache
 

@@ -19,6 +19,7 @@ from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import check_hub
 from kv_compression.io.results import ADAPTER_FILE, results_of_run
 from kv_compression.methods import METHODS
+from kv_compression.model.architectures import positions_of
 from kv_compression.model.attention import FLEX, SORTED_FLEX
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
@@ -73,7 +74,7 @@ def _snapshot(name: str) -> Path | None:
 
 def check_length(model: nn.Module, block_size: int) -> None:
     """Raise UsageError if the model has fewer positions than a block has tokens."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and block_size > positions:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 

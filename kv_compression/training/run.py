@@ -64,7 +64,7 @@ def run(
         log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
         writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
         untrained = processes.on_main(run_folder.read_untrained, source or folder) if checkpoint else None
-        measured = measure(loaded, untrained, writer, checkpoints, checkpoint)
+        measured = score_and_train(loaded, untrained, writer, checkpoints, checkpoint)
         results = measured | {"wall_seconds": time.perf_counter() - start} | description(loaded) | {"commit": commit}
         model = loaded.prepared.model
         weights = trained(model)
@@ -108,16 +108,17 @@ def load(settings: Settings) -> Loaded:
     return Loaded(settings, accelerator, tokenizer, revision, targets, prepared, rule, splits)
 
 
-def measure(
+def score_and_train(
     loaded: Loaded,
     untrained: dict | None,
     writer: Scalars | None,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
 ) -> dict:
-    """Score the untouched model, fine-tune it, and score it again: the measured part of results.json.
+    """Score the model before training, train it, and score it again; returns the measured part of results.json.
 
-    `untrained` holds the scores before fine-tuning if an interrupted run has left them.
+    `untrained` holds the scores before training if an interrupted run has left them. With `eval_only` there is no
+    training, with `skip_untrained` no score before it.
     """
     settings, accelerator, prepared = loaded.settings, loaded.accelerator, loaded.prepared
     rule, splits = loaded.rule, loaded.splits
