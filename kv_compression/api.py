@@ -150,10 +150,14 @@ def _new_rule(options: dict) -> KVCompression:
 
 
 class SpanLengths(NamedTuple):
-    """The longest span that `compress` makes, and whether spans are no longer than the ratio demands (`shortest`)."""
+    """The `longest` span that `compress` makes; unless `strict`, where the ratio demands it, up to 25 tokens instead.
+
+    If `shortest`, they are no longer than it demands.
+    """
 
     longest: int = 25
     shortest: bool = False
+    strict: bool = True
 
 
 def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> tuple[Rule, SpanLengths]:
@@ -175,7 +179,7 @@ def spans_of_run(results: dict) -> SpanLengths:
     """How long spans were in training; words, in the protocol paper, are as good as tokens here."""
     settings = results["settings"]
     longest = settings.get("max_span_length", SpanLengths().longest)
-    return SpanLengths(longest, settings.get("span_sampler") == "shortest")
+    return SpanLengths(longest, settings.get("span_sampler") == "shortest", strict=False)
 
 
 def _prepare_for_tokenizer(model: nn.Module, tokenizer, rule: Rule) -> Rule:
@@ -254,13 +258,13 @@ def compress(
 ) -> SentinelCache:
     """Read a text, or several, into a cache that holds the share 1 − `ratio` of the keys; `attach` the model first.
 
-    Under KV compression `ratio` is free (by default the one trained with): spans of at most `max_span_length` tokens
-    (by default as long as in training, and 25 without a run), at places that `seed` fixes, become one key each, or as
-    many as the rule has <CR>, so that exactly round(ratio · tokens) keys have left when the text has been read. If a
-    window (`recent_tokens`) is too wide for that, the last of them leave as tokens follow: a UserWarning says how many
-    keys are held until then. Any other method drops by its own ratio. The text is read `chunk` tokens at a time, and
-    peak memory depends on what is kept. Returns a cache with a row for every text, each compressed as it would be
-    alone; `followed_by` continues it.
+    Under KV compression `ratio` is free (by default the one trained with): spans of at most `max_span_length` tokens,
+    at places that `seed` fixes, become one key each, or as many as the rule has <CR>, so that exactly
+    round(ratio · tokens) keys have left when the text has been read. By default spans are as long as in training, or up to
+    25 tokens if the ratio demands it. If a window (`recent_tokens`) is too wide for that, the last of them leave as
+    tokens follow: a UserWarning says how many keys are held until then. Any other method drops by its own ratio. The
+    text is read `chunk` tokens at a time, and peak memory depends on what is kept. Returns a cache with a row for every
+    text, each compressed as it would be alone; `followed_by` continues it.
     ValueError if there is no text or spans cannot remove that share. (Protocol `matched`, this project.)
 
     Example::
@@ -320,6 +324,9 @@ def mark(tokens: list[int], rule: Rule, ratio: float | None, spans: SpanLengths,
     ratio = rule.ratio if ratio is None else ratio
     first = min(rule.sink_tokens, len(tokens))
     longest = spans.longest
+    if not spans.strict:
+        most = max(longest, SpanLengths().longest)
+        longest = max(longest, shortest_spans(len(tokens), ratio, most, rule.cr_tokens, first))
     shape = (len(tokens), ratio, longest, rule.cr_tokens, first)
     entries_to_remove(*shape)  # says what is wrong
     # A window that fits a training block may leave no room for spans in a shorter text.

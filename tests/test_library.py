@@ -274,12 +274,14 @@ def test_a_rule_with_sentinels_needs_no_option_of_kv_compression(tiny_model):
     with kvc.attach(model, tokenizer, rule=FromElsewhere()) as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         cache = kvc.compress(model, tokenizer, TEXT, 0.5)
-        ids = api.mark(tokens, patch.rule, 0.5, 25, 0)
+        ids = api.mark(tokens, patch.rule, 0.5, api.SpanLengths(), 0)
         with torch.no_grad():
             expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
             found = prefill(model, torch.tensor([[7]]), cache)[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert ids == api.mark(tokens, KVCompression(patch.rule.cl_id, patch.rule.cr_id), 0.5, 25, 0) != tokens
+    assert (
+        ids == api.mark(tokens, KVCompression(patch.rule.cl_id, patch.rule.cr_id), 0.5, api.SpanLengths(), 0) != tokens
+    )
     assert cache.length == len(ids) + 1  # its mask alone does not say what may leave
 
 

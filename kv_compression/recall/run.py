@@ -105,7 +105,7 @@ def read_text(request: RecallRequest, tokenizer) -> list[int]:
 def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: Source, request) -> Iterator[dict]:
     """The answers to a task at one ratio, a dictionary for each document."""
 
-    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest")
+    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest", strict=False)
 
     def marked(document: list[int]) -> list[int]:
         return api.mark(document, rule, ratio, spans, request.seed) if ratio else document
