@@ -260,8 +260,8 @@ def compress(
 
     Under KV compression `ratio` is free (by default the one trained with): spans of at most `max_span_length` tokens,
     at places that `seed` fixes, become one key each, or as many as the rule has <CR>, so that exactly
-    round(ratio · tokens) keys have left when the text has been read. By default spans are as long as in training, or up to
-    25 tokens if the ratio demands it. If a window (`recent_tokens`) is too wide for that, the last of them leave as
+    round(ratio · tokens) keys have left when the text has been read. By default spans are as long as in training, or up
+    to 25 tokens if the ratio demands it. If a window (`recent_tokens`) is too wide for that, the last of them leave as
     tokens follow: a UserWarning says how many keys are held until then. Any other method drops by its own ratio. The
     text is read `chunk` tokens at a time, and peak memory depends on what is kept. Returns a cache with a row for every
     text, each compressed as it would be alone; `followed_by` continues it.
