@@ -7,19 +7,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import eval_recall
 import run_clm
 from kv_compression.data.asking import CUES, FACTS, HELD_OUT, SYLLABLES, THING_FACTS
+from kv_compression.io.errors import RunError
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.methods.sink_attention import SinkAttention
 from kv_compression.recall import measuring, scores, tasks
+from kv_compression.recall import run as recall_run
+from kv_compression.recall.request import RecallRequest
 from kv_compression.recall.tasks import Question, Source
+from kv_compression.reporting import collecting, remembering, writing
 from kv_compression.spans.exact import exact_spans
 from tests.conftest import write_tiny_model
 from tests.models import random_model
@@ -295,3 +299,54 @@ def test_one_adapter_is_scored_at_any_ratio(run, tmp_path, monkeypatch, capsys):
     flags = ["run_clm.py", "--model_dir", run, "--test_file", test_file, "--output_dir", str(tmp_path / "new")]
     status, _, errors = call_script(run_clm.main, flags, monkeypatch, capsys)
     assert status == 2 and "needs --eval_only" in errors[0]
+
+
+def test_the_report_has_recall_against_kept_keys(tmp_path):
+    def row(ratio, recovered):
+        ends = {"low": recovered - 0.1, "high": recovered + 0.1, "recovered": recovered}
+        return {"task": "repeat", "ratio": ratio, "documents": 20, "left": 20, "kept": 256 * (1 - ratio)} | ends
+
+    for name, method, rows in (
+        ("a", "kv_compression", [row(0.5, 0.6), row(0.9, 0.2)]),
+        ("b", "sink_attention", [row(0.5, 0.0), row(0.9, 0.0)]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recall.json").write_text(json.dumps({"about": {"method": method}, "rows": rows}))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "recall.json").write_text(json.dumps({"about": {"method": "x"}, "rows": [{"task": 3}]}))
+    found = collecting.collect(tmp_path)
+    assert [recall.method for recall in found.recalls] == ["kv_compression", "sink_attention"]
+    assert found.unreadable == [("c/recall.json", "is damaged: rows")]
+    assert "2 measurements of recall" in found.summary()
+    picture = remembering.picture(found.recalls)
+    assert [curve.points for curve in picture.panels[0].curves] == [
+        [(pytest.approx(25.6), 0.2, pytest.approx(0.1), pytest.approx(0.3)), (128, 0.6, 0.5, 0.7)],
+        [(pytest.approx(25.6), 0.0, -0.1, 0.1), (128, 0.0, -0.1, 0.1)],
+    ]
+    text = writing.write(found, tmp_path / "report").read_text()
+    assert "| KV compression | repeat | 0.5 | 128.0 | 20 of 20 |" in text and "0.60 [0.50, 0.70]" in text
+    assert (tmp_path / "report" / "report_recall.png").exists()
+    assert (tmp_path / "report" / "report_recall.csv").read_text().count("\n") == 5
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(st.data())
+def test_answers_that_anybody_may_have_written_are_read_or_refused_in_one_line(tmp_path, data):
+    about = {"method": "sink_attention"}
+    good = {name: 0.5 for name in recall_run.OF_A_LINE + recall_run.OF_ONE} | {"task": "repeat"}
+    name = data.draw(st.sampled_from([*good, "more"]))
+    value = data.draw(
+        st.one_of(st.none(), st.floats(), st.text(), st.booleans(), st.lists(st.integers()), st.integers())
+    )
+    line = data.draw(
+        st.sampled_from([good | {name: value}, value, {key: one for key, one in good.items() if key != name}])
+    )
+    (tmp_path / "recall.jsonl").write_text("\n".join(json.dumps(each) for each in [{"about": about}, good, line]))
+    request = RecallRequest(method="sink_attention", output_dir=str(tmp_path))
+    try:
+        lines = recall_run.read_lines(request, about)
+    except RunError as error:
+        assert "damaged in line 3" in str(error) or "cannot be read" in str(error)
+    else:
+        rows = scores.summarize(lines)
+        assert rows and scores.as_table(rows)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from kv_compression import api
 from kv_compression.data import embedded
 from kv_compression.data.reading import load_file
-from kv_compression.io import ownership, strict_json
+from kv_compression.io import fields, ownership, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.machine import has_bf16
 from kv_compression.io.results import RESULTS, results_of_run, write_json, write_text
@@ -24,10 +24,13 @@ from kv_compression.model.architectures import positions_of
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.recall import measuring, plotting, scores
 from kv_compression.recall.request import RecallRequest
-from kv_compression.recall.tasks import Example, Source, examples
+from kv_compression.recall.tasks import TASKS, Example, Source, examples
 from kv_compression.settings import EMBEDDED, Settings
 
 LINES, SUMMARY = "recall.jsonl", "recall.json"
+OF_A_LINE = ("ratio", "index", "length", "depth", "distance", "left", "answer_tokens", "nats")
+OF_ONE = ("kept", "none", "full", "exact", "exact_none", "exact_full")
+OF_MANY = ("seconds", "seconds_alone", "bytes", "bytes_full", "apart")
 AGREE = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # nats a token that cache and mask may differ
 
 
@@ -212,7 +215,18 @@ def read_lines(request: RecallRequest, about: dict) -> list[dict]:
         return []
     if lines[0] != {"about": json.loads(json.dumps(about))}:
         raise UsageError(f"{path} was made with other settings: --overwrite replaces it, --output_dir names another")
+    for number, line in enumerate(lines[1:], start=2):
+        if not _is_answer(line):
+            raise RunError(f"{path} is damaged in line {number}: --overwrite measures again")
     return lines[1:]
+
+
+def _is_answer(line) -> bool:
+    """Whether this is a line that `ask` has made."""
+    if not fields.is_object(line) or not fields.is_name(line.get("task")) or line["task"] not in TASKS:
+        return False
+    needed = {*OF_A_LINE, *(OF_MANY if line["task"] == "ask_many" else OF_ONE)}
+    return all(isinstance(line.get(name), bool) or fields.number(line.get(name)) is not None for name in needed)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -10,7 +10,7 @@ from kv_compression.io import ownership
 from kv_compression.io.errors import printable
 from kv_compression.io.results import write_text
 from kv_compression.io.tables import Columns, csv_table, escaped, estimate, figure, figures, markdown_table
-from kv_compression.reporting import comparing, drawing, plotting, published
+from kv_compression.reporting import comparing, drawing, plotting, published, remembering
 from kv_compression.reporting.collecting import (
     BASELINES,
     CLAIMED,
@@ -100,6 +100,8 @@ def build(found: Found) -> Report:
         _group_section(report, group, described[count - 1], count)
     for count, scores in enumerate(found.scores, start=1):
         _scores_section(report, scores, count)
+    if found.recalls:
+        remembering.add_section(report, found.recalls)
     if found.unreadable:
         report.say("## Unreadable files")
         report.say_each(f"{escaped(path)} {escaped(why)}" for path, why in found.unreadable)
