@@ -6,7 +6,7 @@ checking settings does not load torch, so that a wrong flag is refused at once.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -16,7 +16,8 @@ from kv_compression.io.machine import choose_preset, find_spacy_model, fitting_t
 from kv_compression.io.ownership import file_identity
 from kv_compression.io.results import ADAPTER_FILE, recorded_in
 from kv_compression.methods import NAMES
-from kv_compression.methods.ratio import entries_to_remove, widest_window
+from kv_compression.methods.ratio import entries_to_remove
+from kv_compression.recipes import RECIPES
 
 SPAN_SAMPLERS = ("random", "shortest", "fixed", "self_information")
 SPAN_UNITS = ("token", "phrase", "sentence")
@@ -146,7 +147,10 @@ class Settings:
         None, "model that finds phrases and sentences", in_words="an installed en_core_web_sm*", methods=KV
     )
     recipe: str = of_method(
-        "paper", "best: one sink, the widest recent window, faster sentinels", choices=("paper", "best"), methods=KV
+        "paper",
+        "best: for perplexity; memory: to be asked about the text",
+        choices=("paper", *RECIPES),
+        methods=KV,
     )
     sink_tokens: int = of_method(
         0,
@@ -351,20 +355,6 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     return given, given.pop("overwrite") or False, given.pop("resume_from_checkpoint")
 
 
-def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
-    """KV compression with the options that worked best here, except for those that are already `chosen`, by name.
-
-    One sink, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
-    the rest. (This project.)
-    """
-    options = {"sink_tokens": 1, "sentinel_learning_rate": 20 * settings.learning_rate}
-    settings = replace(settings, **{name: value for name, value in options.items() if name not in chosen})
-    if "recent_tokens" not in chosen and settings.bound_ratio:
-        shape = (settings.max_span_length, settings.cr_tokens, settings.sink_tokens)
-        settings = replace(settings, recent_tokens=widest_window(settings.block_size, settings.bound_ratio, *shape))
-    return settings
-
-
 def resolve(explicit: dict) -> Settings:
     """The settings of a run from the flags that were given, by name; those in `ABOUT` that are `auto` may be "auto".
 
@@ -400,8 +390,8 @@ def resolve(explicit: dict) -> Settings:
         settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.protocol == "paper":  # without accumulation both schedules are the same
         settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
-    if settings.recipe == "best" and settings.method == "kv_compression":
-        settings = best_recipe(settings, given)
+    if settings.recipe in RECIPES and settings.method == "kv_compression":
+        settings = RECIPES[settings.recipe](settings, given)
         settings.check()
     return settings
 

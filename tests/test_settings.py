@@ -288,3 +288,22 @@ def test_an_identity_is_what_decides_the_result(tmp_path):
     assert identity["train_file"] == "a.txt sha256:982d9e3eb996f559"
     assert identity["test_file"] == "no_where.txt_" + identity["test_file"][-8:] and len(identity["test_file"]) == 21
     assert identity["lora_target_modules"] is None
+
+
+def test_the_memory_recipe_is_what_its_page_says():
+    page = (ROOT / "docs" / "recall.md").read_text()
+    flags = page.split("stands for `")[1].split("`")[0].split()
+    given, _, _ = run_settings.parse([*flags, "--sentinel_learning_rate", "1e-2"])
+    common = {"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.75, "learning_rate": 1e-3}
+    spelt = run_settings.resolve(given | common | {"output_dir": "out"})
+    recipe = run_settings.resolve(common | {"recipe": "memory", "output_dir": "out"})
+    assert spelt.identity() | {"recipe": "memory"} == recipe.identity()
+    assert run_settings.resolve(common | {"recipe": "memory", "r": 8}).r == 8
+    with pytest.raises(UsageError, match="needs --protocol matched"):
+        run_settings.resolve(common | {"recipe": "memory", "protocol": "paper"})
+
+
+def test_a_range_of_ratios_is_read_from_one_flag():
+    given, _, _ = run_settings.parse(["--method", "kv_compression", "--bound_ratio", "0.5-0.9"])
+    assert (given["lowest_bound_ratio"], given["bound_ratio"]) == (0.5, 0.9)
+    assert run_settings.parse(["--bound_ratio", "5e-1"])[0]["bound_ratio"] == 0.5

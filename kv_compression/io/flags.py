@@ -211,8 +211,8 @@ def ratio(text: str) -> float:
 
 def ratio_or_range(text: str) -> float | tuple[float, float]:
     """The type of a flag that takes a compression ratio, or two with a hyphen between them."""
-    lower, hyphen, upper = text.partition("-")
-    return (ratio(lower), ratio(upper)) if hyphen and lower.strip() else float(text)
+    ends = re.fullmatch(r"([\d.]+)-([\d.]+)", text)
+    return (ratio(ends[1]), ratio(ends[2])) if ends else float(text)
 
 
 def as_name(option: str, value) -> str:
