@@ -230,6 +230,12 @@ class Settings:
         "10m", "optimizer steps (100), minutes (10m) or epoch between checkpoints", metavar="TIME", in_identity=False
     )
     checkpoints_to_keep: int = of_output(2, "newest checkpoints to keep", least=1, in_identity=False)
+    adapter_steps: int | None = of_output(
+        None,
+        "optimizer steps between adapters that are kept in adapters/, for learning curves",
+        least=1,
+        in_identity=False,
+    )
     output_dir: str = of_output(
         "", "where everything goes", in_words=DEFAULT_FOLDER, metavar="FOLDER", in_identity=False
     )

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import eval_recall
 import run_clm
@@ -350,3 +351,28 @@ def test_answers_that_anybody_may_have_written_are_read_or_refused_in_one_line(t
     else:
         rows = scores.summarize(lines)
         assert rows and scores.as_table(rows)
+
+
+def test_a_learning_curve_asks_the_adapters_that_a_run_kept(tmp_path, monkeypatch, capsys):
+    model = write_tiny_model(tmp_path / "model", positions=1024)
+    folder = make_run(tmp_path / "run", model, **KV, adapter_steps=2)
+    kept = sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
+    last, early = (
+        load_file(tmp_path / "run" / where / "adapter_model.safetensors") for where in (".", "adapters/" + kept[0])
+    )
+    same = load_file(tmp_path / "run" / "adapters" / kept[1] / "adapter_model.safetensors")
+    assert all(torch.equal(last[name], same[name]) for name in last)
+    assert any(not torch.equal(last[name], early[name]) for name in last)
+    flags = ["eval_recall.py", "--model_dir", folder, "--tasks", "passkey", "--lengths", "512", "--documents", "5"]
+    flags += ["--text_file", str(tmp_path / "test.jsonl"), "--mixed_precision", "no"]
+    answers = []
+    for step, where in (([], "."), (["--step", "4"], f"adapters/{kept[1]}"), (["--step", "2"], f"adapters/{kept[0]}")):
+        status, _, errors = call_script(eval_recall.main, flags + step, monkeypatch, capsys)
+        assert (status, errors) == (0, [])
+        answers.append(json.loads((tmp_path / "run" / where / "recall.json").read_text())["rows"])
+    assert answers[0] == answers[1] != answers[2]
+    status, _, errors = call_script(eval_recall.main, [*flags, "--step", "3"], monkeypatch, capsys)
+    assert status == 1 and "there is no adapter_config.json" in errors[0]
+    make_run(tmp_path / "run", model, **KV)  # another run leaves none of them there
+    assert not list((tmp_path / "run").rglob("step_*/adapter_model.safetensors"))

@@ -85,6 +85,11 @@ def results_of_run(folder: str) -> dict:
     return results
 
 
+def adapter_at(step: int) -> str:
+    """Where in a run's folder the adapter lies as it was after an optimizer step (`--adapter_steps`)."""
+    return f"adapters/step_{step:08d}"
+
+
 def recorded_in(folder: str, names: Collection[str]) -> dict:
     """The settings among `names` that a finished run was trained with, for scoring it; its files are not recorded.
 

@@ -69,7 +69,7 @@ def load(request: RecallRequest):
         from kv_compression.training.loading import load_run
 
         results = results_of_run(request.model_dir)
-        tokenizer, model, settings = load_run(request.model_dir, "bf16" if bf16 else "no")
+        tokenizer, model, settings = load_run(request.model_dir, "bf16" if bf16 else "no", request.adapter)
     else:
         results, settings = (
             None,
@@ -194,6 +194,7 @@ def describe(request: RecallRequest, settings: Settings, run: dict | None, sourc
         "max_span_length": settings.max_span_length,
         "span_sampler": settings.span_sampler,
         "recipe": settings.recipe,
+        "step": request.step,
         "documents": request.documents,
         "lengths": request.asked_lengths(),
         "text": digest(json.dumps(list(source.text))),

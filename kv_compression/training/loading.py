@@ -79,8 +79,12 @@ def check_length(model: nn.Module, block_size: int) -> None:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 
 
-def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
+def load_run(
+    folder: str, mixed_precision: str, adapter: Path | None = None
+) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
     """The tokenizer, the merged model and the settings of a finished run of run_clm.py.
+
+    With `adapter`, a folder, the adapter there takes the place of the run's last.
 
     The adapter is merged in fp32, layer by layer; under bf16 the merged weights are rounded once. UsageError if
     `folder` holds no run, RunError if the run is damaged or its model cannot be loaded.
@@ -96,6 +100,7 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
             cast(embedding, torch.float32)  # new rows are means
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
+    folder = folder if adapter is None else str(adapter)
     # If one is missing, peft would look for another file, which may be pickled, and then on the hub.
     for name in ADAPTER:
         if not (Path(folder) / name).is_file():

@@ -17,7 +17,7 @@ from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.data.splits import read_splits
 from kv_compression.io import processes
 from kv_compression.io.machine import commit_of_project
-from kv_compression.io.results import RESULTS, write_json
+from kv_compression.io.results import RESULTS, adapter_at, write_json
 from kv_compression.methods.rule import Rule
 from kv_compression.model.attention import Patch
 from kv_compression.model.lora import LORA_ALPHA, LORA_DROPOUT, add_lora, lora_targets
@@ -129,6 +129,11 @@ def score_and_train(
         log.info("%s: %s", note, scores)
         return asdict(scores)
 
+    def keep_adapter(step: int) -> None:
+        weights = trained(prepared.model)
+        if accelerator.is_main_process:
+            run_folder.save_adapter(prepared.model, Path(settings.output_dir), weights, adapter_at(step))
+
     report = None
     with Patch(prepared.model, rule) as patch:
         if untrained is None and not (settings.eval_only or settings.skip_untrained):
@@ -136,7 +141,8 @@ def score_and_train(
             if accelerator.is_main_process:
                 write_json(Path(settings.output_dir) / run_folder.UNTRAINED, untrained)
         if not settings.eval_only:
-            report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+            written = (writer, checkpoints, checkpoint, keep_adapter)
+            report = train(prepared, splits["train"], patch, accelerator, settings, *written)
         # The test split last: train.log ends with its perplexity.
         scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
     return {

@@ -223,12 +223,20 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str
     """
     if isinstance(tokenizer.chat_template, dict):  # anybody can name templates, and the names would become file names
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    save_adapter(model, folder, weights, tokenizer=tokenizer)
+
+
+def save_adapter(
+    model: peft.PeftModel, folder: Path, weights: dict[str, Tensor] | None, below: str = ".", tokenizer=None
+) -> None:
+    """Write the adapter, and the tokenizer if there is one, as files of `folder` in its sub-folder `below`."""
     staged = None
     try:
         staged = ownership.stage(folder)
-        model.save_pretrained(staged, save_embedding_layers=False, state_dict=weights)
-        (staged / "README.md").unlink(missing_ok=True)  # peft's; the card of the run comes with `finish`
-        tokenizer.save_pretrained(staged)
+        model.save_pretrained(staged / below, save_embedding_layers=False, state_dict=weights)
+        (staged / below / "README.md").unlink(missing_ok=True)  # peft's; the card of the run comes with `finish`
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         ownership.move_in(staged, folder)
     except UsageError:
         raise
