@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kv_compression.io.errors import RunError, UsageError, one_line
+from kv_compression.io.fields import is_count
 from kv_compression.io.hub import check_hub, fetch, snapshot
 from kv_compression.io.results import RESULTS, read_results
 from kv_compression.methods import METHODS
@@ -176,9 +177,11 @@ def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rul
 
 
 def spans_of_run(results: dict) -> SpanLengths:
-    """How long spans were in training; words, in the protocol paper, are as good as tokens here."""
+    """How long spans were in training (words, in the protocol paper). RunError if the results are damaged."""
     settings = results["settings"]
     longest = settings.get("max_span_length", SpanLengths().longest)
+    if not is_count(longest) or longest < 2:
+        raise RunError(f"{RESULTS} is damaged: max_span_length {longest!r}")
     return SpanLengths(longest, settings.get("span_sampler") == "shortest", strict=False)
 
 

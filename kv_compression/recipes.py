@@ -30,8 +30,10 @@ def memory_recipe(settings, chosen: Collection[str]):
     is a sink, and LoRA of rank 32 adapts all linear layers. The sentinels learn 10 times as fast. (This project.)
     """
     options = {"sink_tokens": 1, "span_sampler": "shortest", "sentinel_init": "period", "r": 32}
-    options |= {"echo_share": 0.5, "fact_share": 0.4, "answer_weight": 5.0, "lora_target_modules": ("all-linear",)}
-    options["sentinel_learning_rate"] = 10 * settings.learning_rate
+    options |= {"lora_target_modules": ("all-linear",), "sentinel_learning_rate": 10 * settings.learning_rate}
+    echoes = settings.echo_share if "echo_share" in chosen else min(0.5, 1 - settings.fact_share)
+    facts = settings.fact_share if "fact_share" in chosen else min(0.4, 1 - echoes)
+    options |= {"echo_share": echoes, "fact_share": facts, "answer_weight": 5.0 if echoes + facts else 1.0}
     return replace(settings, **{name: value for name, value in options.items() if name not in chosen})
 
 

@@ -278,8 +278,12 @@ class Settings:
                 raise UsageError(f"--{name} needs --protocol {about.protocol}: the paper's draws spans on words")
         if self.model_dir and not self.eval_only:
             raise UsageError("--model_dir needs --eval_only: a finished run is not trained again")
-        if self.lowest_bound_ratio is not None and not self.lowest_bound_ratio < self.bound_ratio:
-            raise UsageError(f"--bound_ratio {self.lowest_bound_ratio}-{self.bound_ratio}: give the lower end first")
+        if self.lowest_bound_ratio is not None:
+            ends = f"--bound_ratio {self.lowest_bound_ratio}-{self.bound_ratio}"
+            if not self.lowest_bound_ratio < self.bound_ratio:
+                raise UsageError(f"{ends}: the first must be below the second")
+            if self.eval_only or self.protocol != "matched":
+                raise UsageError(f"{ends}: a range is for training in --protocol matched")
         asks = self.echo_share + self.fact_share
         if asks > 1:
             raise UsageError("--echo_share and --fact_share are shares of the same blocks: together at most 1")
@@ -368,7 +372,13 @@ def resolve(explicit: dict) -> Settings:
     """
     given = {name: value for name, value in explicit.items() if value is not None}
     if given.get("model_dir"):
-        given = recorded_in(given["model_dir"], set(ABOUT)) | given
+        recorded = recorded_in(given["model_dir"], set(ABOUT), given)
+        if (
+            recorded.get("recipe") == "best"
+            and given.get("bound_ratio", recorded["bound_ratio"]) != recorded["bound_ratio"]
+        ):
+            recorded.pop("recent_tokens", None)  # the recipe's window follows from the ratio
+        given = recorded | given
     preset, reason = choose_preset(given.pop("preset", "auto"))
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose from auto, {', '.join(PRESETS)}")
@@ -427,7 +437,7 @@ def default_output_dir(chosen: dict, given: dict, plain: dict) -> str:
         name += f"_{protocol}"
     if chosen.get("seed", Settings.seed) != Settings.seed:
         name += f"_seed{chosen['seed']}"
-    if chosen.get("eval_only"):
+    if chosen.get("eval_only") and not chosen.get("model_dir"):
         name += "_untrained"
     for option, about in ABOUT.items():
         named = about.in_identity and about.in_name and not (option == "fixed_spans" and protocol == "paper")

@@ -114,7 +114,7 @@ def test_flags_beat_the_preset():
         ({"documents": "lines", "isolate_documents": True}, "documents lines: choose from auto, rows, articles"),
         ({"span_sampler": "best", "protocol": "matched"}, "choose from random, shortest, fixed, self_information"),
         ({"cr_tokens": 25, "protocol": "matched"}, "must be above --cr_tokens 25"),
-        ({"lowest_bound_ratio": 0.9, "bound_ratio": 0.5}, "0.9-0.5: give the lower end first"),
+        ({"lowest_bound_ratio": 0.9, "bound_ratio": 0.5}, "0.9-0.5: the first must be below"),
         ({"echo_share": 0.1}, "echo_share needs --protocol matched"),
         ({"echo_share": 0.6, "fact_share": 0.6, "protocol": "matched"}, "together at most 1"),
         ({"echo_share": 0.6, "block_size": 32, "protocol": "matched"}, "block_size of at least 64"),
@@ -283,7 +283,7 @@ def test_an_identity_is_what_decides_the_result(tmp_path):
     settings = run_settings.resolve({"preset": "embedded", "train_file": str(file), "test_file": "no where.txt"})
     identity = settings.identity()
     left = {"output_dir", "preprocessing_num_workers", "preset_reason", "skip_untrained", "checkpointing_steps"}
-    left |= {"checkpoints_to_keep", "compile", "gradient_checkpointing"}
+    left |= {"checkpoints_to_keep", "adapter_steps", "compile", "gradient_checkpointing"}
     assert set(run_settings.ABOUT) - set(identity) == left
     assert identity["train_file"] == "a.txt sha256:982d9e3eb996f559"
     assert identity["test_file"] == "no_where.txt_" + identity["test_file"][-8:] and len(identity["test_file"]) == 21

@@ -105,7 +105,7 @@ OF_SCORES: Fields = {
 }
 OF_ROWS: Fields = {"task": is_name, "ratio": is_ratio, "documents": is_count, "left": is_count}
 MAYBE_OF_ROWS: Fields = dict.fromkeys(
-    ("kept", "none", "nats", "full", "recovered", "low", "high", "exact", "exact_full"),
+    ("length", "kept", "none", "nats", "full", "recovered", "low", "high", "exact", "exact_full"),
     lambda value: number(value) is not None,
 )
 OF_RECALL: Fields = {"about": is_about_recall, "rows": is_recall}

@@ -212,7 +212,10 @@ def ratio(text: str) -> float:
 def ratio_or_range(text: str) -> float | tuple[float, float]:
     """The type of a flag that takes a compression ratio, or two with a hyphen between them."""
     ends = re.fullmatch(r"([\d.]+)-([\d.]+)", text)
-    return (ratio(ends[1]), ratio(ends[2])) if ends else float(text)
+    try:
+        return (ratio(ends[1]), ratio(ends[2])) if ends else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give a ratio (0.5), or two (0.5-0.9)") from None
 
 
 def as_name(option: str, value) -> str:

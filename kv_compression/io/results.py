@@ -13,12 +13,10 @@ from kv_compression.io.tables import figure, text_table
 
 RESULTS = "results.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-OF_TRAINING = {
-    "eval_only",
-    "lowest_bound_ratio",
-    "model_dir",
-    "max_train_steps",
-}  # that scoring a run does not take over
+# Settings of training that scoring a finished run does not take over.
+OF_TRAINING = {"eval_only", "lowest_bound_ratio", "model_dir", "max_train_steps"}
+FILES = {"train_file", "validation_file", "test_file"}
+DATASET = {"dataset_name", "dataset_config_name"}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -36,13 +34,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, folder: Path | None = None) -> None:
     """Write a file, whole or not at all. It may replace only a file that these scripts have written (`ownership`).
+
+    It is listed in `folder`, by default its own.
 
     UsageError if something else is there, RunError if the disk refuses.
     """
     try:
-        ownership.write(path, content)
+        ownership.write(path, content, folder=folder)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -90,22 +90,31 @@ def adapter_at(step: int) -> str:
     return f"adapters/step_{step:08d}"
 
 
-def recorded_in(folder: str, names: Collection[str]) -> dict:
-    """The settings among `names` that a finished run was trained with, for scoring it; its files are not recorded.
+def recorded_in(folder: str, names: Collection[str], given: Collection[str]) -> dict:
+    """The settings among `names` that a finished run was trained with, for scoring it.
 
-    UsageError if the folder is not that of a run. A recent window that the recipe has chosen is left to the recipe.
+    Where its text lay is not recorded if it was files: then the user has to say it again. If text is `given`, the run's
+    is left out. UsageError if the folder is not that of a run.
     """
     settings = results_of_run(folder)["settings"]
-    wanted = {name for name in names if name not in OF_TRAINING and not name.endswith("_file")}
-    wanted -= {"recent_tokens"} if settings.get("recipe") == "best" else set()
+    wanted = set(names) - OF_TRAINING - FILES
+    if (FILES | DATASET) & set(given):
+        wanted -= DATASET
+    elif any(settings.get(name) for name in FILES):
+        raise UsageError(f"--model_dir {folder} was trained on files: name the text to score with --test_file")
     found = {name: value for name, value in settings.items() if name in wanted and value is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def is_untrained(results: dict) -> bool:
+    """Whether these are scores of a model that nobody has fine-tuned: an adapter that is only scored was trained."""
+    return bool(results.get("eval_only")) and not results["settings"].get("model_dir")
 
 
 def summary(results: dict) -> str:
     """A run in one line: what was measured, then how."""
     trained = "" if _untrained(results) is None else f" (before fine-tuning {figure(_untrained(results))})"
-    trained = " (without fine-tuning)" if results.get("eval_only") else trained
+    trained = " (without fine-tuning)" if is_untrained(results) else trained
     return (
         f"{name_of(results)} at ratio {results['bound_ratio']}: test perplexity {figure(results['perplexity'])}"
         f"{trained}, {figure(results.get('num_targets'), 0)} tokens, "

@@ -27,6 +27,11 @@ def estimate(mean: float | None, low: float | None, high: float | None, digits: 
     return figure(mean, digits) + ends
 
 
+def percent(share: float | None) -> str:
+    """A share in percent, "-" if it is missing."""
+    return "-" if number(share) is None else f"{100 * share:.0f}%"
+
+
 def escaped(text: str) -> str:
     """Text that may come from a file as one line of Markdown: no markup, and no table column of its own."""
     line = printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

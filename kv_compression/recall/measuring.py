@@ -2,7 +2,7 @@
 
 The document is read into the real cache, compressed as it is in use, and the question follows. Three things are
 compared: the method, full attention by the same weights ("full"), and the method where the document says something else
-("none").
+in place of what had left ("none").
 """
 
 import time
@@ -84,6 +84,16 @@ def have_left(rule: Rule, document: list[int], question: Question) -> list[bool]
     text = rule.text(ids)[0].nonzero().flatten()
     first, last = question.needed
     return (~rule.mask(ids)[0, -1, text[first : last + 1]]).tolist()
+
+
+def without(rule: Rule, document: list[int], question: Question, gone: list[bool]) -> list[int]:
+    """The marked document with something else in place of those tokens of the answer that had left."""
+    changed = list(document)
+    text = rule.text(torch.tensor([document]))[0].nonzero().flatten()
+    first, last = question.needed
+    for place, other, left in zip(text[first : last + 1].tolist(), question.other, gone):
+        changed[place] = other if left else changed[place]
+    return changed
 
 
 def _judge(logits: Tensor, questions: Sequence[Question], kept: list[int]) -> Answers:

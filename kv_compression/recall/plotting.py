@@ -1,20 +1,29 @@
 """A heat map of length and depth: where in a text of which length a code is still known."""
 
 import io
-from pathlib import Path
+import re
 
 import pandas as pd
 
-from kv_compression.io.results import write_bytes
+
+def name_of(ratio: float) -> str:
+    """The name of the picture of a ratio."""
+    return f"passkey_{ratio:g}.png"
 
 
-def heat_maps(folder: Path, lines: list[dict], label: str) -> None:
-    """Write passkey_<ratio>.png for each ratio at which codes were asked: exact answers by length and depth."""
+def is_ours(name: str) -> bool:
+    """Whether a path can be that of one of these pictures."""
+    return re.search(r"(^|/)passkey_[\d.e-]+\.png$", name) is not None
+
+
+def heat_maps(lines: list[dict], label: str) -> dict[str, bytes]:
+    """A PNG by name for each ratio at which codes were asked: exact answers by length and depth."""
     asked = pd.DataFrame([line for line in lines if line["task"] == "passkey"])
     if asked.empty:
-        return
+        return {}
     from matplotlib.figure import Figure
 
+    pictures = {}
     for ratio, found in asked.groupby("ratio"):
         grid = found.pivot_table(index="depth", columns="length", values="exact", aggfunc="mean").astype(float)
         left = found.pivot_table(index="depth", columns="length", values="left", aggfunc="mean").astype(float)
@@ -35,4 +44,5 @@ def heat_maps(folder: Path, lines: list[dict], label: str) -> None:
         figure.colorbar(image, ax=axes, label="share of documents")
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-        write_bytes(folder / f"passkey_{ratio:g}.png", file.getvalue())
+        pictures[name_of(ratio)] = file.getvalue()
+    return pictures

@@ -8,8 +8,8 @@ from kv_compression.io.errors import UsageError
 from kv_compression.io.flags import option
 from kv_compression.io.results import adapter_at
 from kv_compression.methods import NAMES
+from kv_compression.recall.tasks import TASKS
 
-TASKS = ("repeat", "passkey", "key_value", "variables", "copy", "ask_many")
 OF_RUN = {"in_words": "that of the run"}
 
 
@@ -36,7 +36,7 @@ class RecallRequest:
     )
     sink_tokens: int | None = option(None, "first tokens that all later ones see", group="method", least=0, **OF_RUN)
     max_span_length: int | None = option(None, "longest span, in tokens", group="method", least=2, **OF_RUN)
-    tasks: tuple[str, ...] = option(TASKS, "what to ask", group="questions", in_words=" ".join(TASKS))
+    tasks: tuple[str, ...] = option(tuple(TASKS), "what to ask", group="questions", in_words=" ".join(TASKS))
     documents: int = option(20, "documents of each task, length and ratio", group="questions", least=5)
     lengths: tuple[str, ...] = option(
         ("256", "512", "1024"),
@@ -74,6 +74,7 @@ class RecallRequest:
             raise UsageError("--step needs --model_dir: an untrained model has no steps")
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise UsageError(f"--tasks {unknown[0]}: choose from {', '.join(TASKS)}")
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         self.asked_lengths()
         self.asked_ratios(0.0)
         if self.model_dir is None and self.method is None:
@@ -85,7 +86,7 @@ class RecallRequest:
 
     def asked_lengths(self) -> list[int]:
         """The documents' lengths in tokens. UsageError if one is no number or too small to say anything."""
-        found = [_number("lengths", text, int) for text in self.lengths]
+        found = list(dict.fromkeys(_number("lengths", text, int) for text in self.lengths))
         if min(found) < 128:
             raise UsageError(f"--lengths must be at least 128, got {min(found)}")
         return found
@@ -93,6 +94,7 @@ class RecallRequest:
     def asked_ratios(self, trained: float) -> list[float]:
         """The ratios to compress at, those of the run by default. UsageError if one is no ratio."""
         found = [trained] if self.ratios is None else [_number("ratios", text, float) for text in self.ratios]
+        found = list(dict.fromkeys(found))
         if wrong := [ratio for ratio in found if not 0 <= ratio < 1]:
             raise UsageError(f"--ratios must be at least 0 and below 1, got {wrong[0]}")
         return found
@@ -101,6 +103,11 @@ class RecallRequest:
     def folder(self) -> Path:
         """Where the answers go."""
         return Path(self.output_dir or self.adapter or self.model_dir)
+
+    @property
+    def owner(self) -> Path:
+        """The folder in whose list of files they stand: the run's own."""
+        return Path(self.output_dir or self.model_dir)
 
     @property
     def adapter(self) -> Path | None:

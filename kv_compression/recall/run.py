@@ -1,22 +1,23 @@
 """Measure what a model's compressed cache remembers: load, ask, write recall.jsonl, recall.json and heat maps."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from kv_compression import api
 from kv_compression.data import embedded
 from kv_compression.data.reading import load_file
-from kv_compression.io import fields, ownership, strict_json
+from kv_compression.data.splits import weights_digest
+from kv_compression.io import fields, ownership, processes, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.machine import has_bf16
-from kv_compression.io.results import RESULTS, results_of_run, write_json, write_text
+from kv_compression.io.ownership import file_name
+from kv_compression.io.results import RESULTS, as_json, results_of_run, write_bytes
 from kv_compression.io.tensor_files import digest
 from kv_compression.methods import METHODS
 from kv_compression.methods.rule import Rule
@@ -25,7 +26,8 @@ from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.recall import measuring, plotting, scores
 from kv_compression.recall.request import RecallRequest
 from kv_compression.recall.tasks import TASKS, Example, Source, examples
-from kv_compression.settings import EMBEDDED, Settings
+from kv_compression.settings import EMBEDDED, OPTIONS_OF_METHODS, Settings
+from kv_compression.training.loading import load_model, load_run
 
 LINES, SUMMARY = "recall.jsonl", "recall.json"
 OF_A_LINE = ("ratio", "index", "length", "depth", "distance", "left", "answer_tokens", "nats")
@@ -36,59 +38,64 @@ AGREE = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # nats a token that cache an
 
 def measure_recall(request: RecallRequest) -> str:
     """Ask what the request asks for and has not been asked yet; returns the table of all answers as text."""
-    _refuse_foreign(request.folder)
-    model, tokenizer, settings, run = load(request)
+    pictures = {plotting.name_of(ratio) for ratio in request.asked_ratios(0.0)}
+    paths = [request.folder / name for name in (LINES, SUMMARY, *pictures)]
+    ownership.check(paths, request.owner, instead="name another folder with --output_dir")
+    model, tokenizer, settings, named = load(request)
     source = Source(read_text(request, tokenizer), tokenizer)
-    lengths = request.asked_lengths()
     most = positions_of(model.config)
-    if most is not None and max(lengths) + 128 > most:
-        raise UsageError(f"--lengths {max(lengths)} and a question are longer than the model's {most} positions")
-    if len(source.text) < max(lengths):
-        raise UsageError(f"the text has {len(source.text)} tokens, too few for documents of {max(lengths)}")
-    about = describe(request, settings, run, source)
-    lines = read_lines(request, about)
-    todo = [(ratio, task) for ratio in request.asked_ratios(settings.bound_ratio) for task in request.tasks]
-    todo = [each for each in todo if each not in {(line["ratio"], line["task"]) for line in lines}]
+    if most is not None and max(request.asked_lengths()) + 128 > most:
+        raise UsageError(
+            f"--lengths {max(request.asked_lengths())}: a question does not fit the model's {most} positions"
+        )
+    about = describe(request, settings, named, str(model.dtype), source)
+    asked = [(ratio, task) for ratio in request.asked_ratios(settings.bound_ratio) for task in request.tasks]
+    lines = read_lines(request, about, asked)
+    todo = [each for each in asked if each not in {(line["ratio"], line["task"]) for line in lines}]
     bar = tqdm(todo, desc="asking")
     for ratio, task in bar:
         bar.set_postfix_str(f"{task} at {ratio:g}")
         rule = rule_at(settings, tokenizer, ratio)
         lines += list(ask(model, rule, settings, ratio, task, source, request))
-        write_text(request.folder / LINES, "".join(json.dumps(line) + "\n" for line in [{"about": about}, *lines]))
+        content = "".join(json.dumps(line) + "\n" for line in [{"about": about}, *lines])
+        write_bytes(request.folder / LINES, content.encode(), request.owner)
     rows = scores.summarize(lines)
-    write_json(request.folder / SUMMARY, {"about": about, "rows": rows})
-    plotting.heat_maps(request.folder, lines, METHODS[settings.method].label)
+    write_bytes(request.folder / SUMMARY, as_json({"about": about, "rows": rows}).encode(), request.owner)
+    for name, picture in plotting.heat_maps(lines, METHODS[settings.method].label).items():
+        write_bytes(request.folder / name, picture, request.owner)
     return scores.as_table(rows)
 
 
 def load(request: RecallRequest):
-    """The model in evaluation mode, its tokenizer, the settings of its method, and the run's results (or None)."""
+    """The model in evaluation mode, its tokenizer, the settings of its method, and what names the model."""
     bf16 = has_bf16() if request.mixed_precision == "auto" else request.mixed_precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = "bf16" if bf16 else "no"
     if request.model_dir:
-        from kv_compression.training.loading import load_run
-
         results = results_of_run(request.model_dir)
-        tokenizer, model, settings = load_run(request.model_dir, "bf16" if bf16 else "no", request.adapter)
+        tokenizer, model, trained = load_run(request.model_dir, precision, request.adapter)
+        named = [results["model"], ownership.file_identity(str(Path(request.model_dir) / RESULTS))]
     else:
-        results, settings = (
-            None,
-            Settings(method=request.method, model_name_or_path=request.model_name_or_path or EMBEDDED),
-        )
-        name = settings.model_name_or_path
-        name = embedded.embedded_model() if name == EMBEDDED else name
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False).eval()
-        except Exception as error:  # loaders raise whatever their parsers do
-            raise RunError(f"the model {name} cannot be loaded: {one_line(error)}") from error
+        name = request.model_name_or_path or EMBEDDED
+        trained = Settings(method=request.method, model_name_or_path=name, mixed_precision=precision, eval_only=True)
         if METHODS[request.method].uses_sentinels:
             raise UsageError(f"{request.method} needs a trained run: name its folder with --model_dir")
-    changes = {name: getattr(request, name) for name in ("method", "sink_tokens", "max_span_length")}
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+        tokenizer, model, revision = load_model(trained)
+        named = [file_name(Path(name).name), revision or weights_digest(trained)]
+    settings = settings_for(request, trained)
     if METHODS[settings.method].uses_sentinels and CL_TOKEN not in tokenizer.get_vocab():
         raise UsageError(f"{request.model_dir} was not trained with {settings.method}: it has no sentinels")
-    return model, tokenizer, settings, results
+    return model.eval().to(processes.state().device), tokenizer, settings, named
+
+
+def settings_for(request: RecallRequest, trained: Settings) -> Settings:
+    """The run's settings with what the request changes. Another method than the run's has none of the run's options."""
+    asked = {name: getattr(request, name) for name in ("method", "sink_tokens", "max_span_length")}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if changes.get("method", trained.method) != trained.method:
+        changes = {name: getattr(Settings, name) for name in OPTIONS_OF_METHODS} | {"bound_ratio": 0.0} | changes
+    settings = replace(trained, protocol="matched", lowest_bound_ratio=None, **changes)
+    settings.check(in_blocks=False)
+    return settings
 
 
 def rule_at(settings: Settings, tokenizer, ratio: float) -> Rule:
@@ -106,41 +113,49 @@ def read_text(request: RecallRequest, tokenizer) -> list[int]:
 
 
 def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: Source, request) -> Iterator[dict]:
-    """The answers to a task at one ratio, a dictionary for each document."""
-
-    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest", strict=False)
-
-    def marked(document: list[int]) -> list[int]:
-        return api.mark(document, rule, ratio, spans, request.seed) if ratio else document
-
+    """The answers to a task at one ratio, a dictionary for each document. UsageError if the ratio cannot be had."""
+    strict = request.max_span_length is not None
+    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest", strict)
     try:
-        found = list(enumerate(examples(task, source, request.asked_lengths(), request.documents, request.seed)))
+        found = [
+            (index, length, example, api.mark(example.document, rule, ratio, spans, [request.seed, index]))
+            if ratio
+            else (index, length, example, example.document)
+            for index, (length, example) in enumerate(
+                examples(task, source, request.asked_lengths(), request.documents, request.seed)
+            )
+        ]
     except ValueError as error:
-        raise UsageError(f"--lengths: {error}") from error
+        raise UsageError(f"{task} at ratio {ratio:g}: {error}") from error
     for start in range(0, len(found), request.batch_size):
         batch = found[start : start + request.batch_size]
-        batch = [(index, length, example) for index, (length, example) in batch]
         if task == "ask_many":
-            yield from (_ask_many(model, rule, ratio, marked, *each) for each in batch)
-            continue
-        questions = [example.questions[0] for *_, example in batch]
-        documents = [marked(example.document) for *_, example in batch]
-        answers = measuring.from_cache(model, rule, documents, questions)
-        without = measuring.from_cache(model, rule, [marked(example.without) for *_, example in batch], questions)
-        full = measuring.in_full(model, [example.document for *_, example in batch], questions)
-        apart = _check(model, rule, documents, questions, answers) if start == 0 else None
-        for row, (index, length, example) in enumerate(batch):
-            gone = measuring.have_left(rule, documents[row], questions[row])
-            nats = {"nats": answers, "none": without, "full": full}
-            yield {
-                **_line(task, ratio, index, length, example, gone),
-                "kept": answers.kept[row],
-                **{name: _mean_of(found.nats[row], gone) for name, found in nats.items()},
-                "exact": answers.exact[row],
-                "exact_none": without.exact[row],
-                "exact_full": full.exact[row],
-                "mask_apart": apart,
-            }
+            yield from (_ask_many(model, rule, ratio, *each) for each in batch)
+        else:
+            yield from _ask_one(model, rule, ratio, task, batch, checked=start == 0)
+
+
+def _ask_one(model, rule: Rule, ratio: float, task: str, batch: list[tuple], checked: bool) -> Iterator[dict]:
+    """The answers to one question about each document of a batch; the mask is asked, too, if they are `checked`."""
+    documents = [document for *_, document in batch]
+    questions = [example.questions[0] for _, _, example, _ in batch]
+    gone = [measuring.have_left(rule, *each) for each in zip(documents, questions)]
+    changed = [measuring.without(rule, *each) for each in zip(documents, questions, gone)]
+    answers = measuring.from_cache(model, rule, documents, questions)
+    none = measuring.from_cache(model, rule, changed, questions)
+    full = measuring.in_full(model, [example.document for _, _, example, _ in batch], questions)
+    apart = _check(model, rule, documents, questions, answers) if checked else None
+    for row, (index, length, example, _) in enumerate(batch):
+        nats = {"nats": answers, "none": none, "full": full}
+        yield {
+            **_line(task, ratio, index, length, example, gone[row]),
+            "kept": answers.kept[row],
+            **{name: _mean_of(found.nats[row], gone[row]) for name, found in nats.items()},
+            "exact": answers.exact[row],
+            "exact_none": none.exact[row],
+            "exact_full": full.exact[row],
+            "mask_apart": apart,
+        }
 
 
 def _mean_of(nats: list[float], gone: list[bool]) -> float:
@@ -148,8 +163,7 @@ def _mean_of(nats: list[float], gone: list[bool]) -> float:
     return float(np.mean([one for one, left in zip(nats, gone) if left or not any(gone)]))
 
 
-def _ask_many(model, rule: Rule, ratio: float, marked, index: int, length: int, example: Example) -> dict:
-    document = marked(example.document)
+def _ask_many(model, rule: Rule, ratio: float, index: int, length: int, example: Example, document: list[int]) -> dict:
     found = measuring.together(model, rule, document, example.document, example.questions)
     gone = measuring.have_left(rule, document, example.questions[0])
     return {
@@ -182,29 +196,31 @@ def _check(model, rule: Rule, documents, questions, answers: measuring.Answers) 
     return apart
 
 
-def describe(request: RecallRequest, settings: Settings, run: dict | None, source: Source) -> dict:
+def describe(request: RecallRequest, settings: Settings, named: list, dtype: str, source: Source) -> dict:
     """All that decides the answers but ratio and task."""
     method = METHODS[settings.method]
-    results = Path(request.model_dir) / RESULTS if request.model_dir else None
     return {
         "method": settings.method,
-        "model": settings.model_name_or_path if run is None else run["model"],
-        "results": ownership.file_identity(results and str(results)),
+        "model": named,
+        "step": request.step,
         "options": {name: getattr(settings, name) for name in api.options_of(method)},
         "max_span_length": settings.max_span_length,
-        "span_sampler": settings.span_sampler,
+        "longest_is_strict": request.max_span_length is not None,
+        "shortest_spans": settings.span_sampler == "shortest",
         "recipe": settings.recipe,
-        "step": request.step,
         "documents": request.documents,
         "lengths": request.asked_lengths(),
         "text": digest(json.dumps(list(source.text))),
         "seed": request.seed,
-        "mixed_precision": request.mixed_precision,
+        "dtype": dtype,
     }
 
 
-def read_lines(request: RecallRequest, about: dict) -> list[dict]:
-    """The answers that are there already. UsageError if other settings made them, unless they are to be replaced."""
+def read_lines(request: RecallRequest, about: dict, asked: Collection[tuple[float, str]] = ()) -> list[dict]:
+    """The answers that are there already, without those `asked` for if the request wants them measured again.
+
+    UsageError if other settings made them, unless they are to be replaced. RunError if they are damaged.
+    """
     path = request.folder / LINES
     try:
         lines = [strict_json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
@@ -212,14 +228,19 @@ def read_lines(request: RecallRequest, about: dict) -> list[dict]:
         return []
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {one_line(error)}") from error
-    if not lines or request.overwrite:
-        return []
-    if lines[0] != {"about": json.loads(json.dumps(about))}:
+    alike = bool(lines) and lines[0] == {"about": json.loads(json.dumps(about))}
+    if not alike and not request.overwrite:
         raise UsageError(f"{path} was made with other settings: --overwrite replaces it, --output_dir names another")
+    if not alike:
+        ownership.remove(
+            request.owner, lambda name: Path(request.owner, name).parent == request.folder and plotting.is_ours(name)
+        )
+        return []
     for number, line in enumerate(lines[1:], start=2):
         if not _is_answer(line):
-            raise RunError(f"{path} is damaged in line {number}: --overwrite measures again")
-    return lines[1:]
+            raise RunError(f"{path} is damaged in line {number}: --output_dir names another folder")
+    again = set(asked) if request.overwrite else set()
+    return [line for line in lines[1:] if (line["ratio"], line["task"]) not in again]
 
 
 def _is_answer(line) -> bool:
@@ -228,9 +249,3 @@ def _is_answer(line) -> bool:
         return False
     needed = {*OF_A_LINE, *(OF_MANY if line["task"] == "ask_many" else OF_ONE)}
     return all(isinstance(line.get(name), bool) or fields.number(line.get(name)) is not None for name in needed)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """UsageError, before hours of work, if another's file has the name of one that is written."""
-    paths = [folder / LINES, folder / SUMMARY]
-    ownership.check(paths, instead="name another folder with --output_dir")

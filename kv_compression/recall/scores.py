@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kv_compression.io.tables import estimate, figure, text_table
+from kv_compression.io.tables import estimate, figure, percent, text_table
 
 RESAMPLES = 2000
 
@@ -21,7 +21,7 @@ def recovered(none, nats, full) -> float:
 
 
 def summarize(lines: Sequence[dict]) -> list[dict]:
-    """For each task and ratio what the answers come to. Only what had left its original form counts.
+    """For each task, ratio and length what the answers come to. Only what had left its original form counts.
 
     Nats are those of an answer's tokens of which that holds, exact answers those of documents in which it holds for the
     whole answer (`whole` of them). `recovered` has a 95% interval (bootstrap over documents), and is missing if nothing
@@ -30,8 +30,14 @@ def summarize(lines: Sequence[dict]) -> list[dict]:
     if not lines:
         return []
     rows = []
-    for (task, ratio), found in pd.DataFrame(lines).groupby(["task", "ratio"], sort=False):
-        row = {"task": task, "ratio": ratio, "documents": len(found), "left": int((found["left"] > 0).sum())}
+    for (task, ratio, length), found in pd.DataFrame(lines).groupby(["task", "ratio", "length"], sort=False):
+        row = {
+            "task": task,
+            "ratio": ratio,
+            "length": int(length),
+            "documents": len(found),
+            "left": int((found["left"] > 0).sum()),
+        }
         if task == "ask_many":
             seconds = found[["seconds", "seconds_alone", "bytes", "bytes_full", "apart"]]
             mean = seconds.mean().to_dict() | {"apart": seconds["apart"].max()}
@@ -73,6 +79,7 @@ def as_table(rows: list[dict]) -> str:
     columns = {
         "task": lambda row: row["task"],
         "ratio": lambda row: f"{row['ratio']:g}",
+        "tokens": lambda row: str(row["length"]),
         "kept": lambda row: figure(row["kept"], 1),
         "left": lambda row: f"{row['left']}/{row['documents']}",
         "whole": lambda row: str(row.get("whole", 0)),
@@ -80,8 +87,8 @@ def as_table(rows: list[dict]) -> str:
         "method": lambda row: figure(row.get("nats")),
         "full": lambda row: figure(row.get("full")),
         "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
-        "exact": lambda row: _percent(row.get("exact")),
-        "exact full": lambda row: _percent(row.get("exact_full")),
+        "exact": lambda row: percent(row.get("exact")),
+        "exact full": lambda row: percent(row.get("exact_full")),
     }
     parts = [text_table(columns, asked)] if asked else []
     if many:
@@ -96,7 +103,3 @@ def as_table(rows: list[dict]) -> str:
         }
         parts.append(text_table(of_many, many))
     return "\n\n".join(parts)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f}%"

@@ -24,22 +24,22 @@ START = 2  # tokens of the text that stand before anything else: what all method
 
 
 class Question(NamedTuple):
-    """A question about a document, its answer, and the first and last of the document's tokens that answer it."""
+    """A question about a document, its answer, and the first and last of the document's tokens that answer it.
+
+    `other` are as many tokens, which answer it differently.
+    """
 
     ids: list[int]
     answer: list[int]
     needed: tuple[int, int]
+    other: list[int]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A `document` (token ids), the same with something else in place of what is asked (`without`), and `questions`.
-
-    `depth` is where the asked text lies, from 0 (the document's beginning) to 1.
-    """
+    """A `document` (token ids) and `questions`; `depth` is where the first answer lies, from 0 (the beginning) to 1."""
 
     document: list[int]
-    without: list[int]
     questions: list[Question]
     depth: float
 
@@ -55,10 +55,18 @@ class Source:
         """Words as token ids, without special tokens."""
         return self.tokenizer(words, add_special_tokens=False)["input_ids"]
 
-    def stretch(self, length: int, rng: np.random.Generator) -> list[int]:
-        """So many tokens of the text, from a random place on."""
-        start = int(rng.integers(0, len(self.text) - length + 1))
-        return list(self.text[start : start + length])
+    def stretches(self, lengths: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """Stretches of these lengths from random places of the text, none of which overlap. ValueError if none fit."""
+        room = len(self.text) - sum(lengths)
+        if room < 0:
+            raise ValueError(f"the text has {len(self.text)} tokens, too few for documents of {max(lengths)}")
+        found, taken = {}, 0
+        order, gaps = rng.permutation(len(lengths)).tolist(), np.sort(rng.integers(0, room + 1, len(lengths))).tolist()
+        for which, gap in zip(order, gaps):
+            start = gap + taken
+            found[which] = list(self.text[start : start + lengths[which]])
+            taken += lengths[which]
+        return [found[which] for which in range(len(lengths))]
 
 
 def number(rng: np.random.Generator, digits: int = 5) -> str:
@@ -75,15 +83,14 @@ def numbers(rng: np.random.Generator, count: int) -> list[str]:
     return list(found)
 
 
-def placed(source: Source, length: int, parts: list[list[int]], at: list[float], rng) -> tuple[list[int], list[int]]:
-    """A document of `length` tokens with `parts` at these depths (rising, 0 to 1), and where each part begins.
+def placed(filler: list[int], parts: list[list[int]], at: list[float]) -> tuple[list[int], list[int]]:
+    """A document as long as `filler` with `parts` at these depths (rising, 0 to 1), and where each part begins.
 
     ValueError if the parts fill the document.
     """
-    room = length - sum(map(len, parts))
+    room = len(filler) - sum(map(len, parts))
     if room <= START:
-        raise ValueError(f"a document of {length} tokens is too short for what it is to say")
-    filler = source.stretch(length, rng)[:room]  # the same, however long the parts are
+        raise ValueError(f"a document of {len(filler)} tokens is too short for what it is to say")
     tokens, begins, taken = [], [], 0
     for depth, part in zip(at, parts):
         place = START + round(depth * (room - START))
@@ -91,18 +98,16 @@ def placed(source: Source, length: int, parts: list[list[int]], at: list[float],
         begins.append(len(tokens))
         tokens += part
         taken = place
-    return tokens + filler[taken:], begins
+    return tokens + filler[taken:room], begins
 
 
 def repeat(source: Source, length: int, depth: float, rng) -> Example:
     """A passage, filler, and the passage again: all but its first tokens are the answer."""
-    passage, other = source.stretch(PASSAGE, rng), source.stretch(PASSAGE, rng)
-    state = rng.bit_generator.state
-    document, (begin,) = placed(source, length, [passage], [depth], rng)
-    rng.bit_generator.state = state
-    without, _ = placed(source, length, [other], [depth], rng)
-    question = Question(source.ids("\n\n") + passage[:GIVEN], passage[GIVEN:], (begin + GIVEN, begin + PASSAGE - 1))
-    return Example(document, without, [question], depth)
+    filler, passage, other = source.stretches([length, PASSAGE, PASSAGE], rng)
+    document, (begin,) = placed(filler, [passage], [depth])
+    needed = (begin + GIVEN, begin + PASSAGE - 1)
+    question = Question(source.ids("\n\n") + passage[:GIVEN], passage[GIVEN:], needed, other[GIVEN:])
+    return Example(document, [question], depth)
 
 
 def passkey(source: Source, length: int, depth: float, rng) -> Example:
@@ -134,7 +139,8 @@ def variables(source: Source, length: int, depth: float, rng) -> Example:
 
 def copy(source: Source, length: int, depth: float, rng) -> Example:
     """A list of words, asked for in order."""
-    words, others = (rng.choice(WORDS, LIST_LENGTH, replace=False) for _ in range(2))
+    drawn = rng.choice(WORDS, 2 * LIST_LENGTH, replace=False)
+    words, others = drawn[:LIST_LENGTH], drawn[LIST_LENGTH:]
     said = [source.ids(" The list is:"), source.ids(" " + ", ".join(words)), source.ids(".")]
     return _one_of(source, length, [said], [depth], 0, " " + ", ".join(others), "\nThe whole list:", rng)
 
@@ -151,30 +157,22 @@ def _about_people(source: Source, length: int, count: int, rng, asked: int) -> E
     at = sorted(rng.uniform(0, 1, count).tolist())
     chosen = rng.permutation(count)[:asked].tolist()
     state = rng.bit_generator.state
-    examples = []
+    found = []
     for who in chosen:  # the same filler for all
         rng.bit_generator.state = state
         ask = f"\nThe locker of {people[who]} opens with"
-        examples.append(_one_of(source, length, said, at, who, f" {others[who]}", ask, rng))
-    questions = [example.questions[0] for example in examples]
-    return Example(examples[0].document, examples[0].without, questions, at[chosen[0]])
+        found.append(_one_of(source, length, said, at, who, f" {others[who]}", ask, rng))
+    return Example(found[0].document, [example.questions[0] for example in found], at[chosen[0]])
 
 
 def _one_of(source: Source, length: int, said, at, which: int, other: str, ask: str, rng) -> Example:
-    """A document that says all of `said` (before, value, after), of which the value of one is asked for.
-
-    Without it, `other` stands in its place.
-    """
+    """A document that says all of `said` (before, value, after), of which the value of one is asked for."""
     parts = [[token for piece in pieces for token in piece] for pieces in said]
-    state = rng.bit_generator.state
-    document, begins = placed(source, length, parts, at, rng)
-    before, value, after = said[which]
-    changed = list(parts)
-    changed[which] = before + source.ids(other) + after
-    rng.bit_generator.state = state
-    without, _ = placed(source, length, changed, at, rng)
-    begin = begins[which] + len(before)
-    return Example(document, without, [Question(source.ids(ask), value, (begin, begin + len(value) - 1))], at[which])
+    document, begins = placed(source.stretches([length], rng)[0], parts, at)
+    before, value, _ = said[which]
+    begin, wrong = begins[which] + len(before), source.ids(other)
+    wrong = (wrong * len(value))[: len(value)]  # as long as the right one
+    return Example(document, [Question(source.ids(ask), value, (begin, begin + len(value) - 1), wrong)], at[which])
 
 
 TASKS: dict[str, Callable[..., Example]] = {

@@ -19,6 +19,7 @@ from kv_compression.generation.records import scores_path
 from kv_compression.io import fields, strict_json
 from kv_compression.io.errors import UsageError, one_line, printable
 from kv_compression.io.fields import number
+from kv_compression.io.results import is_untrained
 from kv_compression.methods import METHODS
 from kv_compression.methods.sink_attention import SINKS
 from kv_compression.settings import LABELS, OPTIONS_OF_METHODS, Settings
@@ -239,7 +240,7 @@ def row_of(path: str, content: dict, sweep: dict = OF_A_SWEEP) -> dict:
     row |= {"ratio": content["bound_ratio"], "protocol": content["protocol"], "seed": content["seed"]}
     row |= {name: _float(content.get(name)) for name in OF_A_MEASUREMENT}
     row["device"] = printable(str(content.get("device") or ""))
-    row |= {"fine_tuned": not content.get("eval_only"), "sentinels": uses_sentinels(content)}
+    row |= {"fine_tuned": not is_untrained(content), "sentinels": uses_sentinels(content)}
     for protocol in PROTOCOLS:
         row[f"nats_{protocol}"] = _nats(content, content["protocol"], protocol)
         row[f"untrained_{protocol}"] = _nats(content.get("untrained"), content["protocol"], protocol)
@@ -296,7 +297,7 @@ def variant_of(content: dict, sweep: dict = OF_A_SWEEP) -> str:
         plain = (0, SINKS) if method == SINK and name == "sink_tokens" else (sweep.get(name, getattr(Settings, name)),)
         if name in counts - {"recipe"} and value is not None and value not in plain:
             parts.append(form.format(_words(value)))
-    return ", ".join(parts + [UNTUNED] * bool(content.get("eval_only")))
+    return ", ".join(parts + [UNTUNED] * is_untrained(content))
 
 
 def _words(value) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from kv_compression.io.tables import estimate, figure, markdown_table
+from kv_compression.io.tables import estimate, figure, markdown_table, percent
 from kv_compression.methods import METHODS
 from kv_compression.reporting.collecting import Recall, label
 from kv_compression.reporting.drawing import GREY, Curve, Panel, Picture
@@ -37,37 +37,32 @@ def table(recalls: Sequence[Recall]) -> str:
         "method": lambda row: row["name"],
         "task": lambda row: row["task"],
         "ratio": lambda row: f"{row['ratio']:g}",
+        "tokens": lambda row: figure(row.get("length"), 0),
         "kept keys": lambda row: figure(row["kept"], 1),
         "had left": lambda row: f"{row['left']} of {row['documents']}",
         "none": lambda row: figure(row.get("none")),
         "method's nats": lambda row: figure(row.get("nats")),
         "full": lambda row: figure(row.get("full")),
         "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
-        "exact": lambda row: _percent(row.get("exact")),
-        "exact in full": lambda row: _percent(row.get("exact_full")),
+        "exact": lambda row: percent(row.get("exact")),
+        "exact in full": lambda row: percent(row.get("exact_full")),
     }
     return markdown_table(columns, rows)
 
 
 def picture(recalls: Sequence[Recall]) -> Picture:
-    """Recovered recall against the kept keys, a panel for each task."""
+    """Recovered recall against the kept keys, a panel for each task; of several lengths the first."""
     tasks = dict.fromkeys(row["task"] for recall in recalls for row in recall.rows if row.get("recovered") is not None)
-    panels = [
-        Panel("recovered recall" if number == 0 else "", list(_curves(task, recalls)), task, "kept keys", log_y=False)
-        for number, task in enumerate(tasks)
-    ]
-    return Picture(panels[:3], "bars: 95% intervals over documents", share_y=True)
+    panels = [Panel("recovered recall", list(_curves(task, recalls)), task, "kept keys", log_y=False) for task in tasks]
+    return Picture(panels, "bars: 95% intervals over documents", stacked=True)
 
 
 def _curves(task: str, recalls: Sequence[Recall]) -> Iterable[Curve]:
     for number, recall in enumerate(recalls):
         rows = [row for row in recall.rows if row["task"] == task and row.get("recovered") is not None]
+        rows = [row for row in rows if row.get("length") == rows[0].get("length")]
         ends = [(row.get(end), row["recovered"]) for row in rows for end in ("low", "high")]
         low, high = ([rest if end is None else end for end, rest in ends[start::2]] for start in (0, 1))
         points = sorted(zip([row["kept"] for row in rows], [row["recovered"] for row in rows], low, high))
         colour = METHODS[recall.method].colour if recall.method in METHODS else GREY
         yield Curve(name_of(recall, recalls), points, colour, MARKERS[number % len(MARKERS)])
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f}%"

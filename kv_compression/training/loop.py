@@ -158,7 +158,7 @@ def checkpoint_due(step: int, num_steps: int, checkpoints: Checkpoints | None, p
 
 @dataclass
 class TrainingReport:
-    """What the loop did; `loss` is the mean over the last tenth of the steps, in nats per token.
+    """What the loop did; `loss` is the mean over the last tenth of the steps, in nats per token, answers weighted.
 
     `scheduler_steps` and `scheduler_warmup_steps` are those of the `Schedule`, `last_learning_rate` is that of the last
     optimizer step. `asking_fraction` is the share of text tokens in blocks that ask for what they said,

@@ -69,8 +69,6 @@ def run(
         model = loaded.prepared.model
         weights = trained(model)
         if accelerator.is_main_process:
-            if settings.model_name_or_path == EMBEDDED:  # its folder in this user's cache means nothing to others
-                model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
             run_folder.save_model(model, loaded.tokenizer, folder, weights)
             write_json(folder / RESULTS, results)  # the run is finished: all that follows can be repeated
             run_folder.finish(settings, results, write_card, writer)
@@ -104,6 +102,8 @@ def load(settings: Settings) -> Loaded:
     model = add_lora(model, targets, settings.r, sentinel_ids)
     if settings.model_dir:
         load_adapter(model, settings.model_dir)
+    if settings.model_name_or_path == EMBEDDED:  # its folder in this user's cache means nothing to others
+        model.peft_config["default"].base_model_name_or_path = EMBEDDED_BASE
     prepared = prepare(model, accelerator, settings)
     return Loaded(settings, accelerator, tokenizer, revision, targets, prepared, rule, splits)
 
@@ -155,7 +155,7 @@ def score_and_train(
         "eval_only": settings.eval_only,
         **{name: value for name, value in scores["test"].items() if name != "seconds"},
         "validation": scores.get("validation"),
-        "untrained": scores["test"] if settings.eval_only else untrained,
+        "untrained": scores["test"] if settings.eval_only and not settings.model_dir else untrained,
         "training": asdict(report) if report else None,
         "tokens_per_second": report.tokens_per_second if report else None,
     }
