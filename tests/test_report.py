@@ -492,7 +492,7 @@ def test_the_script_writes_everything_and_the_same_again(reported, tmp_path):
         assert path.stat().st_size > 10_000
         assert f"({path.name})" in text
         assert path.with_suffix(".svg").read_text().startswith("<?xml")
-    assert "KV compression, protocol paper" in (folder / "report_1_kept_keys.svg").read_text()
+    assert ">KV compression, protocol paper</text>" in (folder / "report_1_kept_keys.svg").read_text()
     with open(folder / "report_runs.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 93
     assert text.index("## Verdicts") > text.index("### Missing runs")
