@@ -8,7 +8,6 @@ import pandas as pd
 from scipy import stats
 
 from kv_compression.generation.comparing import FEWEST_DOCUMENTS, bootstrap, paired_p_value
-from kv_compression.io.fields import number
 from kv_compression.reporting.collecting import (
     BASELINES,
     FULL,
@@ -83,12 +82,9 @@ def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.D
     Of the `seeds`, those whose runs reach around `kept`. Linear between the two measured neighbours, which should be
     neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
     """
-    found = {}
-    curve = curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()]
-    for seed, *run in zip(curve.seed, curve.kept_keys_mean, curve.nll, curve.ratio):
-        found.setdefault(seed, []).append(run)
     rows = {}
-    for seed, runs in found.items():
+    for seed, own in curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()].groupby("seed"):
+        runs = list(zip(own.kept_keys_mean, own.nll, own.ratio))
         below = max((run for run in runs if run[0] <= kept), default=None)
         above = min((run for run in runs if run[0] >= kept), default=None)
         if below and above:
@@ -117,13 +113,12 @@ def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, t
 
 def average(found: pd.DataFrame) -> pd.DataFrame:
     """Of `points`, a row per method, variant and ratio: means over seeds, and the range of perplexity."""
-    by_point = found.groupby(["method", "variant", "ratio"])
-    rows = by_point[["number", "fine_tuned", "foreign"]].first().assign(seeds=by_point.size())
-    rows = rows.join(by_point[["removed_fraction", "attended_fraction", "kept_keys_mean"]].mean())
-    perplexities = by_point.perplexity
-    rows = rows.assign(kept_keys_max=by_point.kept_keys_max.max(), perplexity=perplexities.mean())
-    rows = rows.assign(perplexity_spread=perplexities.std(), lowest=perplexities.min(), highest=perplexities.max())
-    return rows.reset_index()
+    columns = {name: (name, "first") for name in ("number", "fine_tuned", "foreign")} | {"seeds": ("seed", "size")}
+    columns |= {name: (name, "mean") for name in ("removed_fraction", "attended_fraction", "kept_keys_mean")}
+    columns |= {"kept_keys_max": ("kept_keys_max", "max")}
+    over_seeds = {"perplexity": "mean", "perplexity_spread": "std", "lowest": "min", "highest": "max"}
+    columns |= {name: ("perplexity", function) for name, function in over_seeds.items()}
+    return found.groupby(["method", "variant", "ratio"]).agg(**columns).reset_index()
 
 
 def describe(group: Group, protocol: str) -> list[dict]:
@@ -222,13 +217,8 @@ def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
 
 def by_document(scores: pd.DataFrame, metric: str) -> pd.Series:
     """One value a document: the mean over the files that scored it."""
-    values = [
-        (index, number(document.get(metric)))
-        for documents in scores.by_document
-        for index, document in documents.items()
-    ]
-    found = pd.Series([value for _, value in values], index=[index for index, _ in values], dtype=float)
-    return found.dropna().groupby(level=0).mean()
+    found = pd.concat([pd.DataFrame.from_dict(scored, "index", dtype=float) for scored in scores.by_document] or [NONE])
+    return found.groupby(level=0)[metric].mean() if metric in found else NONE
 
 
 def missing(rows: pd.DataFrame) -> list[str]:

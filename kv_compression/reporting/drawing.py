@@ -94,7 +94,7 @@ def draw(path: Path, picture: Picture) -> None:
     all_axes = figure.subplots(*grid, squeeze=False, sharey=picture.share_y, sharex=picture.stacked).flatten()
     entries = {}
     for axes, panel in zip(all_axes, panels):
-        draw_panel(axes, panel, panels if picture.share_y else (panel,))
+        draw_panel(axes, panel, panels if picture.share_y else ())
         for handle, label in zip(*axes.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     if entries:

@@ -12,7 +12,6 @@ SOURCES = {
     "repro": "an independent reproduction of it",
 }
 METHODS = ("local_attention", "scattered_attention", "kv_compression")
-FULL = "full_attention"
 
 _TABLE = (
     # ratio, then paper and repro of each of METHODS; ratio 0 is full attention, whatever the method
