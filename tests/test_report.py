@@ -349,12 +349,12 @@ def test_scores_are_judged_document_by_document(tmp_path, better, word):
     runs += [scores("local_attention", count=count)]
     (found,) = collecting.collect(write(tmp_path, *runs)).scores
     rows = {row["metric"]: row for row in comparing.judge_claim_2(found.rows, "matched")}
-    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(collecting.METRICS, word)
+    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(collecting.METRIC_NAMES, word)
     ours, theirs = (np.array([d["rouge_l"] for d in one["documents"].values()]) for one in runs)
     assert rows["rouge_l"]["difference"] == pytest.approx((ours - theirs).mean())
     assert rows["rouge_l"]["low"] < rows["rouge_l"]["difference"] < rows["rouge_l"]["high"]
     text = text_of(tmp_path)
-    for name in collecting.METRICS.values():
+    for name in collecting.METRIC_NAMES.values():
         assert f"- {name}: {word} at 0.5; 1 of 9 ratios measured" in text
 
 

@@ -277,10 +277,10 @@ def test_a_run_that_another_process_works_on_is_skipped(tmp_path, capsys):
     assert sweep_jobs.run_missing(found, Workers()) == sweep_jobs.print_commands(found) == {}
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["a (1 of 2)", "b (2 of 2)", "a: another process is working on this run, skipped here"]
-    assert sweep_jobs.summary(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
+    assert sweep_jobs.what_is_finished(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
     other.join()
     assert started(tmp_path) == ["a", "b"]
-    assert sweep_jobs.summary(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
+    assert sweep_jobs.what_is_finished(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
 
 
 def test_a_run_that_finds_its_folder_locked_is_skipped_too(tmp_path, capsys):

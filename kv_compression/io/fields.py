@@ -96,7 +96,7 @@ OF_SCORES: Fields = {
 
 
 def has_all(content, fields: Fields) -> bool:
-    """Whether this is an object that has these fields, whatever they hold."""
+    """Whether this is an object that has these fields, with any values."""
     return is_object(content) and all(name in content for name in fields)
 
 

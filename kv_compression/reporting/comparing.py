@@ -14,7 +14,7 @@ from kv_compression.reporting.collecting import (
     GRID,
     KV,
     METHODS,
-    METRICS,
+    METRIC_NAMES,
     NO_SEED,
     PROTOCOLS,
     SINK,
@@ -36,7 +36,7 @@ PAPER_BLOCKS, PAPER_TOKENS, LEAST = 28_000, 280_000, 0.01
 
 
 def caveat(runs: pd.DataFrame) -> str:
-    """A sentence where the least trained or least scored of these runs is a demonstration, else ""."""
+    """A sentence if the run with the least training or the fewest scored tokens is a demonstration, else ""."""
     blocks, tokens = runs.trained_blocks.min(), runs.num_targets.min()
     parts = []
     if blocks < LEAST * PAPER_BLOCKS:
@@ -79,8 +79,8 @@ def difference(kv: pd.Series, other: pd.Series) -> pd.Series:
 def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.DataFrame:
     """A method at a mean number of kept keys: `nll`, and the kept keys `below` and `above` it, by seed.
 
-    Of the `seeds`, those whose runs reach around `kept`. Linear between the two measured neighbours, which should be
-    neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
+    Only those of the `seeds` that have runs on both sides of `kept`. Linear between the two measured neighbours, which
+    should be neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
     """
     rows = {}
     for seed, own in curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()].groupby("seed"):
@@ -105,7 +105,8 @@ def interpolated(name: str, between: pd.DataFrame) -> dict:
 def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
     """Sink attention with each number of sinks at a mean number of kept keys, by variant, beside KV compression there.
 
-    Of the variants whose runs reach around `kept`: what was interpolated, and KV compression's differences to it.
+    For the variants that have runs on both sides of `kept`: what was interpolated, and KV compression's differences to
+    it.
     """
     between = {variant: at_kept_keys(curve, kept, kv.index) for variant, curve in sinks.groupby("variant")}
     return {variant: (own, difference(kv, own.nll)) for variant, own in between.items() if len(own)}
@@ -122,7 +123,7 @@ def average(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(group: Group, protocol: str) -> list[dict]:
-    """A row a point: its means over seeds, and its distance to full attention and to sinks of equal kept keys."""
+    """One row per point: its means over seeds, and its distance to full attention and to sinks of equal kept keys."""
     found = points(group, protocol)
     nats, untrained = by_point(found), by_point(found, "untrained")
     nothing = found[["nll"]].head(0).assign(below=math.nan, above=math.nan), NONE
@@ -146,7 +147,7 @@ def describe(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_claim_1(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline at every ratio that both have, one row each."""
+    """KV compression against every baseline at every ratio that both have, one row per comparison."""
     found = points(group, protocol)
     nats, removed = by_point(found), {key: own.mean() for key, own in by_point(found, "removed_fraction").items()}
     rows = []
@@ -177,7 +178,7 @@ def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
 
 
 def _judge(comparison: str, baseline: str, ratio: float, kv: pd.Series, others: pd.Series, columns: dict) -> list[dict]:
-    """The row of one comparison, with more `columns`; none if no seed is common."""
+    """The row of one comparison, with more `columns`; no row if they have no seed in common."""
     differences = difference(kv, others)
     if not len(differences):
         return []
@@ -199,7 +200,7 @@ def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
         for ratio in sorted(set(found.ratio)):
             kv, other = (found[(found.method == one) & (found.ratio == ratio)] for one in (KV, baseline))
             common = set(kv.seed) & set(other.seed)
-            for metric in METRICS:
+            for metric in METRIC_NAMES:
                 ours, theirs = (by_document(one[one.seed.isin(common)], metric) for one in (kv, other))
                 both = pd.DataFrame({"ours": ours, "theirs": theirs}).dropna()
                 if not len(both):
@@ -216,13 +217,13 @@ def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
 
 
 def by_document(scores: pd.DataFrame, metric: str) -> pd.Series:
-    """One value a document: the mean over the files that scored it."""
+    """One value per document: the mean over the files that scored it."""
     found = pd.concat([pd.DataFrame.from_dict(scored, "index", dtype=float) for scored in scores.by_document] or [NONE])
     return found.groupby(level=0)[metric].mean() if metric in found else NONE
 
 
 def missing(rows: pd.DataFrame) -> list[str]:
-    """What a grid of methods, ratios, seeds and protocols still lacks, of runs or of scored files: a line each."""
+    """What a grid of methods, ratios, seeds and protocols still lacks, of runs or of scored files, in lines of text."""
     plain = rows[rows.variant == ""]
     have = {
         protocol: set(zip(found.method, found.ratio, found.seed))

@@ -172,7 +172,7 @@ def tasks(jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Task]:
 
 
 def run_missing(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
-    """Do what is missing; returns why what is still missing failed, by job."""
+    """Run what is missing; returns why jobs failed that are still not finished, by job."""
     failed: dict[str, str] = {}
     started, count = set(), len(list(tasks(jobs, {})))
 
@@ -219,7 +219,7 @@ def _missing(job: Job, failed: dict[str, str]) -> list[list[str]]:
         return []
 
 
-def summary(jobs: Sequence[Job], folder: Path) -> str:
+def what_is_finished(jobs: Sequence[Job], folder: Path) -> str:
     """How many runs are finished, their table, and the command for the report."""
     done = sum(map(is_finished, jobs))
     lines = [f"{'all' if done == len(jobs) else f'{done} of'} {len(jobs)} runs are finished, in {folder}"]

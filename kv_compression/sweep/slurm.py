@@ -48,7 +48,7 @@ class OnNode:
 
 
 def submit(tasks: Iterable[Task], folder: Path, options: dict) -> None:
-    """Submit the tasks that are not in slurm's queue as one job array, and print each run's job.
+    """Submit the tasks that are not in slurm's queue as one job array, and print the job of each run.
 
     `options` are sbatch's, by name with underscores. RunError if submitit is not installed or slurm refuses.
     """
@@ -76,7 +76,7 @@ def submit(tasks: Iterable[Task], folder: Path, options: dict) -> None:
 
 
 def _executor(folder: Path, options: dict):
-    """submitit's executor for these options. Those that it has no name for go to sbatch as they are."""
+    """submitit's executor for these options. Options that it does not know go to sbatch unchanged."""
     submitit = _import_submitit()
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
