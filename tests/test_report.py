@@ -45,9 +45,8 @@ def sinks(*points: tuple, **others) -> list[dict]:
 def test_runs_are_grouped_by_what_must_be_equal(tmp_path):
     same = [results(), results("local_attention"), results(seed=1), results(protocol="paper"), results(sink_tokens=4)]
     same += [results(ratio=0.1, attn_implementation="eager", fixed_spans=False, recipe="best")]
-    same.append(
-        results(seed=2, num_processes=1, isolate_documents=False, documents="auto")
-    )  # once these were not there
+    new = {"num_processes": 1, "isolate_documents": False, "documents": "auto"}  # older runs lack these
+    same += [results(seed=2, **new)]
     other = [results(learning_rate=1.0), results("full_attention", 0.0, learning_rate=1.0)]
     groups = collecting.collect(write(tmp_path, *same, *other)).groups
     assert [len(group.runs) for group in groups] == [7, 2]

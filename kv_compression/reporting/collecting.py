@@ -330,11 +330,8 @@ def _score(path: str, content: dict, runs: dict, folder: Path) -> tuple[dict, in
         values = content[metric]
         row |= {metric: _float(values["mean"])} | {f"{metric}_{end}": _float(values[end]) for end in ("low", "high")}
     folds = bool(about.get("compress_generated")) if uses_sentinels(content) else None
-    return (
-        made,
-        group,
-        row | {"sentinels": uses_sentinels(content), "folds": folds, "by_document": content["documents"]},
-    )
+    row |= {"sentinels": uses_sentinels(content), "folds": folds, "by_document": content["documents"]}
+    return made, group, row
 
 
 def _variant_of_scores(content: dict, run: dict | None, about: dict) -> str:

@@ -52,11 +52,6 @@ class Job(NamedTuple):
         """The commands whose work is not done. Raises what `Step.done` raises."""
         return [step.command for step in self.steps if not step.done()]
 
-    def task(self, commands: list[list[str]]) -> Task:
-        """These commands as a task for `Workers`."""
-        log = self.folder.parent / LOGS / f"{self.name}.log"
-        return Task(self.name, commands, self.folder / run_folder.LOCK, log)
-
 
 def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str]) -> Step:
     """Claim 1 with these settings, which `flags` ask for.
@@ -168,7 +163,8 @@ def tasks(jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Task]:
     """What is missing of each job, checked when the task is asked for; jobs that cannot be checked go to `failed`."""
     for job in jobs:
         if commands := _missing(job, failed):
-            yield job.task(commands)
+            log = job.folder.parent / LOGS / f"{job.name}.log"
+            yield Task(job.name, commands, job.folder / run_folder.LOCK, log)
 
 
 def run_missing(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:

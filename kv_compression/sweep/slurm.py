@@ -114,12 +114,9 @@ def _import_submitit():
 def _read(path: Path) -> dict[str, str]:
     """The job ids that earlier calls have written, by the name of the run; none if there is no such file."""
     try:
-        found = strict_json.read(path)
-    except (OSError, ValueError):
+        return {name: number for name, number in strict_json.read(path).items() if isinstance(number, str)}
+    except (OSError, ValueError, AttributeError):  # the last where it holds no object
         return {}
-    return (
-        {name: number for name, number in found.items() if isinstance(number, str)} if isinstance(found, dict) else {}
-    )
 
 
 def _queued() -> set[str]:
