@@ -59,7 +59,7 @@ def is_measured(value) -> bool:
 
 
 def is_estimate(value) -> bool:
-    """Whether this is a mean with its interval, or the same of nulls."""
+    """Whether this is a mean with its interval, or all three are null."""
     if not is_object(value) or value.keys() != {"mean", "low", "high"}:
         return False
     return all(map(is_number, value.values())) or all(part is None for part in value.values())

@@ -19,7 +19,7 @@ from kv_compression.io import strict_json
 from kv_compression.io.errors import UsageError
 
 LIST = ".kv_compression_files.jsonl"  # one line per file: its path in the folder, and what it holds
-LONGEST_LIST = 1 << 16  # bytes of a list that is rewritten before it grows on
+LONGEST_LIST = 1 << 16  # bytes: a longer list is shortened before anything is added
 # What the list says of a file that is not "sha256:…":
 ANYTHING = "anything"  # ours with any content: its name is random, or it may be damaged
 LOG = "log"  # a file that grows: it is appended to, and removed only if it holds what is listed

@@ -256,7 +256,7 @@ def trained_blocks(content: dict) -> float:
 
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a number, for tables and plots, for each fine-tuned variant of KV compression at a ratio."""
+    """The runs, with a number for each fine-tuned variant of KV compression at a ratio, as tables and plots show it."""
     nats = runs.nats_matched.where(runs.protocol == "matched", runs.nats_paper)
     counted = runs[(runs.method == KV) & (runs.variant != "") & runs.fine_tuned & nats.notna()]
     return runs.assign(number=counted.groupby(["protocol", "variant", "ratio"]).ngroup() + 1)

@@ -96,14 +96,14 @@ def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.D
 
 
 def interpolated(name: str, between: pd.DataFrame) -> dict:
-    """Columns on what was interpolated: the perplexity, and how far apart the neighbours are."""
+    """Columns for an interpolated curve: the perplexity, and the kept keys of its neighbours."""
     columns = {"perplexity": perplexity(between.nll).mean(), "kept_below": between.below.min()}
     columns["kept_above"] = between.above.max()
     return {f"{name}_{column}": value for column, value in columns.items()}
 
 
 def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
-    """Sink attention with each number of sinks at a mean number of kept keys, by variant, beside KV compression there.
+    """Sink attention beside KV compression at a mean number of kept keys, by variant (the number of sinks).
 
     For the variants that have runs on both sides of `kept`: what was interpolated, and KV compression's differences to
     it.
@@ -161,7 +161,7 @@ def judge_claim_1(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline, interpolated to as many kept keys on average."""
+    """KV compression against every baseline, interpolated to the same mean number of kept keys."""
     found = points(group, protocol)
     nats = by_point(found)
     plain = found[found.variant == ""]
@@ -248,7 +248,7 @@ def missing(rows: pd.DataFrame) -> list[str]:
 
 
 def ranges(ratios: Iterable[float]) -> str:
-    """Ratios in a row, neighbours on the grid shortened: 0.1 – 0.4, 0.6."""
+    """Ratios as text, neighbours on the grid joined: 0.1 – 0.4, 0.6."""
     rows: list[list[float]] = []
     for ratio in sorted(ratios):
         if rows and round(ratio - rows[-1][-1], 6) == STEP:

@@ -153,13 +153,13 @@ def _curves(rows: pd.DataFrame, x: str) -> list[Curve]:
 
 
 def _from_full(curves: Sequence[Curve]) -> list[Curve]:
-    """The curves, all beginning where full attention is, which is every method at ratio 0."""
+    """The curves, all starting at full attention, which every method is at ratio 0."""
     start = next((curve.points[0][:2] for curve in curves if curve.level and curve.points), None)
     return [curve if curve.level else replace(curve, start=start) for curve in curves]
 
 
 def _of_method(method: str, name: str, points: Sequence[tuple], line: str = "-", **changes) -> Curve:
-    """A curve in the look that a method has in every plot."""
+    """A curve in the method's colour and with its marker."""
     rule = METHODS.get(method)
     colour, marker = (rule.colour, rule.marker) if rule else (GREY, "o")
     return Curve(name, points, colour, marker, line, level=method == FULL, **changes)
@@ -176,6 +176,6 @@ def _published(figures: Callable[[str, str], dict[float, float]]) -> list[Curve]
 
 
 def _bars(curves: Iterable[Curve]) -> str:
-    """What the bars are, where there are any."""
+    """What the error bars mean, "" if there are none."""
     several = any(low < high for curve in curves for _, _, low, high in curve.points)
     return "bars: lowest to highest seed" if several else ""

@@ -129,7 +129,7 @@ def _for_runs(flags: list[str], own: Iterable[str]) -> dict:
 
 
 def _check(flags: argparse.Namespace, given: dict) -> None:
-    """Raise UsageError for what no run can have."""
+    """Raise UsageError for values that no run can have."""
     for name, known in (("methods", NAMES), ("protocols", ("paper", "matched"))):
         for value in getattr(flags, name):
             if value not in known:

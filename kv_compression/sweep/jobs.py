@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each run's commands, how to tell that their work is done, and doing what is missing."""
+"""The jobs of a sweep: each run's commands, how to tell what is done, and running what is missing."""
 
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A run, and what claim 2 makes of it."""
+    """The folder of a run, and the steps of claim 1 and claim 2 there."""
 
     folder: Path
     steps: Sequence[Step]
@@ -198,7 +198,7 @@ def is_finished(job: Job) -> bool:
 
 
 def print_commands(jobs: Sequence[Job]) -> dict[str, str]:
-    """Print a shell line for each job that is neither finished nor under way; returns what failed as `run_missing`."""
+    """Print a shell line for each job that is neither finished nor under way; returns failures as `run_missing`."""
     failed: dict[str, str] = {}
     for task in tasks(jobs, failed):
         if not is_locked(task.lock):
