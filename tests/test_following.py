@@ -44,7 +44,7 @@ def tokens_of(tokenizer, text: str) -> torch.Tensor:
 
 
 def marked(tokenizer, rule, text: str) -> list[int]:
-    return api.mark(tokenizer(text)["input_ids"], rule, 0.5, 25, 0)
+    return api.mark(tokenizer(text)["input_ids"], rule, 0.5, api.SpanLengths(), 0)
 
 
 def without_a_cache(model, rule, ids: list[int], **how) -> torch.Tensor:

@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kv_compression"
 # A room may import rooms that stand before it, never one of its own row's others or a later one.
 ROWS = [
     {"io", "methods"},
+    {"recipes"},
     {"settings"},
     {"model"},
     {"spans"},

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -20,6 +21,7 @@ from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods import rule_of
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
+from kv_compression.methods.rule import Rule
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import Patch
 from kv_compression.model.reading import prefill
@@ -156,7 +158,7 @@ def test_generation_goes_on_from_a_compressed_text_as_if_it_were_read_again(runs
     again = kvc.SentinelCache.load(tmp_path / "prefix.safetensors")
     assert model.generate(**again.followed_by(question), **settings).tolist() == first.tolist()
 
-    ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, 25, 0)
+    ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, None, api.SpanLengths(), 0)
     whole, new = torch.tensor([ids + question[0].tolist()]), []
     for _ in range(12):
         with torch.no_grad():
@@ -214,7 +216,7 @@ def test_a_tokenizer_makes_a_new_rule(tiny_model, options):
         assert patch.rule == KVCompression(tokens, tokens + 1, **options)
         assert model.get_input_embeddings().weight.shape[0] == tokens + 2
         cache = kvc.compress(model, tokenizer, TEXT, 0.5)
-        ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+        ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, api.SpanLengths(), 0)
         with torch.no_grad():
             expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
             found = prefill(model, torch.tensor([[7]]), cache)[0]
@@ -253,6 +255,34 @@ def test_a_ready_rule_is_attached_as_it_is_or_with_sentinels_from_elsewhere(runs
         assert patch.rule == KVCompression(len(tokenizer) - 2, len(tokenizer) - 1, 0.9, sink_tokens=1)
     with pytest.raises(ValueError, match="it has no sentinels to compress with"):
         kvc.attach(model, runs("sinks"), rule=KVCompression(ratio=0.9))
+
+
+class FromElsewhere(Rule):
+    """A rule that other people wrote: it has sentinels, and none of the options of KV compression."""
+
+    name = "from_elsewhere"
+    uses_sentinels = True
+
+    def mask_mod(self, input_ids):
+        return KVCompression(self.cl_id, self.cr_id).visible(input_ids)
+
+
+def test_a_rule_with_sentinels_needs_no_option_of_kv_compression(tiny_model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = tokenizer(TEXT)["input_ids"]
+    with kvc.attach(model, tokenizer, rule=FromElsewhere()) as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = kvc.compress(model, tokenizer, TEXT, 0.5)
+        ids = api.mark(tokens, patch.rule, 0.5, api.SpanLengths(), 0)
+        with torch.no_grad():
+            expected = model(torch.tensor([[*ids, 7]]), use_cache=False).logits[0, -1]
+            found = prefill(model, torch.tensor([[7]]), cache)[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (
+        ids == api.mark(tokens, KVCompression(patch.rule.cl_id, patch.rule.cr_id), 0.5, api.SpanLengths(), 0) != tokens
+    )
+    assert cache.length == len(ids) + 1  # its mask alone does not say what may leave
 
 
 def test_a_run_on_the_hub_is_attached_by_its_name(runs, bases, stand_in):
@@ -334,7 +364,7 @@ def test_attaching_again_to_a_fresh_model_sets_its_rows_again(tiny_model):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
         with kvc.attach(model, tokenizer) as patch:
-            ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, 25, 0)
+            ids = api.mark(tokenizer(TEXT)["input_ids"], patch.rule, 0.5, api.SpanLengths(), 0)
             found.append(logits_of(model, ids))
         with kvc.attach(model, tokenizer):
             assert torch.equal(logits_of(model, ids), found[-1])

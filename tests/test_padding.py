@@ -51,6 +51,7 @@ def beside(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor
 def test_a_padded_row_has_the_mask_and_the_cost_it_has_alone(rows, side, data):
     rule = data.draw(st.sampled_from(RULES))
     ids, real = beside(rows, side)
+    ids = torch.where(real.bool(), ids, data.draw(st.sampled_from([0, CL, CR])))  # whatever the padding's id is
     mask, positions = rule.mask(ids, real), rule.position_ids(ids, real)
     for number, row in enumerate(rows):
         own = real[number].bool()

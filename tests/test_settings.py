@@ -11,6 +11,7 @@ import torch
 
 from kv_compression import settings as run_settings
 from kv_compression.data import embedded
+from kv_compression.io import machine
 from kv_compression.io.errors import RunError, UsageError
 from kv_compression.methods import METHODS
 from kv_compression.methods.kv_compression import CR_VISIBILITIES
@@ -30,7 +31,7 @@ def gpu(monkeypatch, memory):
     [(None, "embedded", "no CUDA GPU"), (8, "embedded", "8 GiB"), (80, "paper", "80 GiB")],
 )
 def test_auto_takes_the_paper_where_a_gpu_can(monkeypatch, memory, preset, reason):
-    gpu(monkeypatch, memory and memory * run_settings.GIB)
+    gpu(monkeypatch, memory and memory * machine.GIB)
     settings = run_settings.resolve({"preset": "auto"})
     assert settings.preset == preset
     assert reason in settings.preset_reason
@@ -111,8 +112,14 @@ def test_flags_beat_the_preset():
         ({"span_unit": "phrase", "protocol": "matched"}, "needs --span_sampler self_information"),
         ({"documents": "rows"}, "documents rows needs --isolate_documents or --position_ids_by_document"),
         ({"documents": "lines", "isolate_documents": True}, "documents lines: choose from auto, rows, articles"),
-        ({"span_sampler": "best", "protocol": "matched"}, "choose from random, fixed, self_information"),
+        ({"span_sampler": "best", "protocol": "matched"}, "choose from random, shortest, fixed, self_information"),
         ({"cr_tokens": 25, "protocol": "matched"}, "must be above --cr_tokens 25"),
+        ({"lowest_bound_ratio": 0.9, "bound_ratio": 0.5}, "0.9-0.5: give the lower end first"),
+        ({"echo_share": 0.1}, "echo_share needs --protocol matched"),
+        ({"echo_share": 0.6, "fact_share": 0.6, "protocol": "matched"}, "together at most 1"),
+        ({"echo_share": 0.6, "block_size": 32, "protocol": "matched"}, "block_size of at least 64"),
+        ({"fact_share": 0.6, "isolate_documents": True, "protocol": "matched"}, "change the text"),
+        ({"answer_weight": 2.0, "protocol": "matched"}, "needs --echo_share or --fact_share"),
         ({"preset": "foo"}, "--preset foo: choose from auto, paper, embedded"),
         ({"mixed_precision": "fp8"}, "--mixed_precision fp8: choose from no, bf16"),
         ({"lr_scheduler_type": "steps"}, "--lr_scheduler_type steps: choose from linear, "),
@@ -163,7 +170,7 @@ def test_a_folder_of_many_options_has_a_name_that_any_disk_takes():
 
 def test_precision_and_kernel_are_named_where_the_machine_would_choose_another(monkeypatch):
     for has_bf16, asked, name in [(True, "no", "_mixed_precision-no"), (True, "bf16", ""), (False, "no", "")]:
-        monkeypatch.setattr(run_settings, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(machine, "has_bf16", lambda has_bf16=has_bf16: has_bf16)
         assert run_settings.resolve({"preset": "paper", "mixed_precision": asked}).output_dir.endswith(f"_0.0{name}")
 
 
@@ -224,7 +231,12 @@ def test_help_explains_every_flag_in_groups_with_its_defaults(monkeypatch, capsy
     flags = {name for name, about in run_settings.ABOUT.items() if about.group}
     flags |= {"resume_from_checkpoint", "overwrite", "push_to_hub", "hub_private"}
     assert {name for name, *_ in explained} == flags
-    assert set(run_settings.ABOUT) - flags == {"preset_reason", "published_schedule", "num_processes"}
+    assert set(run_settings.ABOUT) - flags == {
+        "preset_reason",
+        "published_schedule",
+        "num_processes",
+        "lowest_bound_ratio",
+    }
     defaults = {name: default for name, _, default in explained}
     assert all("default: " in default for name, default in defaults.items() if name != "method")
     assert defaults["method"] == "required"
@@ -276,3 +288,22 @@ def test_an_identity_is_what_decides_the_result(tmp_path):
     assert identity["train_file"] == "a.txt sha256:982d9e3eb996f559"
     assert identity["test_file"] == "no_where.txt_" + identity["test_file"][-8:] and len(identity["test_file"]) == 21
     assert identity["lora_target_modules"] is None
+
+
+def test_the_memory_recipe_is_what_its_page_says():
+    page = (ROOT / "docs" / "recall.md").read_text()
+    flags = page.split("stands for `")[1].split("`")[0].split()
+    given, _, _ = run_settings.parse([*flags, "--sentinel_learning_rate", "1e-2"])
+    common = {"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.75, "learning_rate": 1e-3}
+    spelt = run_settings.resolve(given | common | {"output_dir": "out"})
+    recipe = run_settings.resolve(common | {"recipe": "memory", "output_dir": "out"})
+    assert spelt.identity() | {"recipe": "memory"} == recipe.identity()
+    assert run_settings.resolve(common | {"recipe": "memory", "r": 8}).r == 8
+    with pytest.raises(UsageError, match="needs --protocol matched"):
+        run_settings.resolve(common | {"recipe": "memory", "protocol": "paper"})
+
+
+def test_a_range_of_ratios_is_read_from_one_flag():
+    given, _, _ = run_settings.parse(["--method", "kv_compression", "--bound_ratio", "0.5-0.9"])
+    assert (given["lowest_bound_ratio"], given["bound_ratio"]) == (0.5, 0.9)
+    assert run_settings.parse(["--bound_ratio", "5e-1"])[0]["bound_ratio"] == 0.5

@@ -72,6 +72,16 @@ def is_scores_by_document(value) -> bool:
     )
 
 
+def is_about_recall(value) -> bool:
+    """Whether this says which method was asked what it remembers."""
+    return is_object(value) and is_name(value.get("method"))
+
+
+def is_recall(value) -> bool:
+    """Whether these are the rows of a recall.json."""
+    return isinstance(value, list) and all(is_object(row) and not wrong(row, OF_ROWS, MAYBE_OF_ROWS) for row in value)
+
+
 Fields = dict[str, Callable[[object], bool]]
 
 OF_A_RUN: Fields = {
@@ -93,6 +103,12 @@ OF_SCORES: Fields = {
     "bertscore": is_estimate,
     "perplexity": is_estimate,
 }
+OF_ROWS: Fields = {"task": is_name, "ratio": is_ratio, "documents": is_count, "left": is_count}
+MAYBE_OF_ROWS: Fields = dict.fromkeys(
+    ("kept", "none", "nats", "full", "recovered", "low", "high", "exact", "exact_full"),
+    lambda value: number(value) is not None,
+)
+OF_RECALL: Fields = {"about": is_about_recall, "rows": is_recall}
 
 
 def has_all(content, fields: Fields) -> bool:

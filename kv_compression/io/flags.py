@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,19 @@ def nearest(flag: str, known: Iterable[str]) -> str | None:
     return names[difflib.get_close_matches(name, near, 1, cutoff=0)[0]] if near else None
 
 
+def interval(text: str, steps_per_epoch: int = 1) -> tuple[int | None, float | None]:
+    """The steps (100, epoch) or the minutes (10m) that a flag names; neither if it names neither."""
+    text = str(text)
+    if text == "epoch":
+        return steps_per_epoch, None
+    with suppress(ValueError):
+        if text.endswith("m"):
+            minutes = float(text[:-1])
+            return None, minutes if 0 <= minutes < float("inf") else None
+        return int(text) if int(text) > 0 else None, None
+    return None, None
+
+
 def ratio(text: str) -> float:
     """The type of a flag that takes a compression ratio."""
     value = float(text)
@@ -197,8 +211,8 @@ def ratio(text: str) -> float:
 
 def ratio_or_range(text: str) -> float | tuple[float, float]:
     """The type of a flag that takes a compression ratio, or two with a hyphen between them."""
-    lower, hyphen, upper = text.partition("-")
-    return (ratio(lower), ratio(upper)) if hyphen and lower.strip() else float(text)
+    ends = re.fullmatch(r"([\d.]+)-([\d.]+)", text)
+    return (ratio(ends[1]), ratio(ends[2])) if ends else float(text)
 
 
 def as_name(option: str, value) -> str:

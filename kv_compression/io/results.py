@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kv_compression.io import ownership, strict_json
@@ -12,6 +12,13 @@ from kv_compression.io.fields import OF_A_RUN, SOMETIMES_OF_A_RUN, check, has_al
 from kv_compression.io.tables import figure, text_table
 
 RESULTS = "results.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+OF_TRAINING = {
+    "eval_only",
+    "lowest_bound_ratio",
+    "model_dir",
+    "max_train_steps",
+}  # that scoring a run does not take over
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -76,6 +83,23 @@ def results_of_run(folder: str) -> dict:
     if "export" in results:
         raise UsageError(f"--model_dir {folder} holds an exported model: name the folder of the run itself")
     return results
+
+
+def adapter_at(step: int) -> str:
+    """Where in a run's folder the adapter lies as it was after an optimizer step (`--adapter_steps`)."""
+    return f"adapters/step_{step:08d}"
+
+
+def recorded_in(folder: str, names: Collection[str]) -> dict:
+    """The settings among `names` that a finished run was trained with, for scoring it; its files are not recorded.
+
+    UsageError if the folder is not that of a run. A recent window that the recipe has chosen is left to the recipe.
+    """
+    settings = results_of_run(folder)["settings"]
+    wanted = {name for name in names if name not in OF_TRAINING and not name.endswith("_file")}
+    wanted -= {"recent_tokens"} if settings.get("recipe") == "best" else set()
+    found = {name: value for name, value in settings.items() if name in wanted and value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def in_one_line(results: dict) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kv_compression.methods.rule import NEVER, History, MaskMod, Rule, Tokens
-from kv_compression.methods.sentinels import count_text, span_bounds
+from kv_compression.methods.sentinels import span_bounds
 
 CR_VISIBILITIES = ("span", "context")
 FARTHEST = NEVER // 2  # a window this wide never ends
@@ -82,36 +82,46 @@ class KVCompression(Rule):
         kinds, positions, visible_from, ignored, _ = tokens
         index = torch.arange(kinds.shape[-1], device=kinds.device).expand_as(kinds)
         is_cl, is_cr, alone = kinds == CL, kinds == CR, kinds == STRAY
+        between = ~(is_cl | is_cr)
         first, last = span_bounds(kinds, CL, CR, self.cr_tokens, ignored)
-        begins_with_cl = is_cl.gather(-1, first.clamp(min=0))
-        inside = ~(is_cl | is_cr) & (last >= 0)
-        first_visible = torch.where(is_cr, first, torch.where(inside, first + begins_with_cl, index))
-        asks = ~(is_cl | is_cr | alone)
-        if self.cr_visibility == "context":
-            asks |= is_cr | alone
-        text = (kinds == TEXT) | (kinds == EXPIRING)
-        sinks = text & (positions < self.sink_tokens) if self.sink_tokens else None
-        leaves = inside if sinks is None else inside & ~sinks
-        leaves = leaves | (kinds == EXPIRING) | (kinds == DROPPED)
-        permanent = ~is_cl & ~leaves
+        closed = last >= 0
+        first_text = first + is_cl.gather(-1, first.clamp(min=0))
+        first_visible = torch.where(is_cr, first, torch.where(between & closed, first_text, index))
+        asks = ~is_cl if self.cr_visibility == "context" else between & ~alone
+        sinks = (kinds == TEXT) & (positions < self.sink_tokens) if self.sink_tokens else None
+        closed_kinds = torch.where(self.leaves(tokens, closed), EXPIRING, kinds)
+        permanent = (closed_kinds < EXPIRING) & ~is_cl
         if not self.recent_tokens:
             return Lifetimes(first_visible, asks, sinks, permanent)
 
         recent = min(self.recent_tokens, FARTHEST)
         # A <CR> stands in for its span once the first of its tokens has left; an empty span has none to wait for.
-        real_text = ~(is_cl | is_cr) if ignored is None else ~(is_cl | is_cr | ignored)
+        real_text = between if ignored is None else between & ~ignored
         next_text = torch.where(real_text, index, kinds.shape[-1] - 1).flip(-1).cummin(-1).values.flip(-1)
-        start = next_text.gather(-1, (first + begins_with_cl).clamp(min=0))
+        start = next_text.gather(-1, first_text.clamp(min=0))
         waits = is_cr & (start < last) & (positions.gather(-1, last.clamp(min=0)) >= self.sink_tokens)
         first_to_leave = positions.gather(-1, start).clamp(min=self.sink_tokens)
         begin = torch.where(waits, first_to_leave + recent + 1, visible_from)
-        end = torch.where(permanent, NEVER, torch.where(is_cl, -1, positions + recent))
+        end = self.visible_until(closed_kinds, positions).masked_fill(is_cl, -1)
         query_time = positions + (is_cr | alone)  # a <CR> asks for what the text after it would see
         return Lifetimes(first_visible, asks, sinks, permanent, query_time, begin, end)
 
+    def leaves(self, tokens: Tokens, closed: Tensor) -> Tensor:
+        """Which text leaves with its span once that is `closed` (bool): all but the sinks."""
+        leaves = closed & (tokens.kinds == TEXT)
+        return leaves & (tokens.positions >= self.sink_tokens) if self.sink_tokens else leaves
+
+    def visible_until(self, kinds: Tensor, positions: Tensor) -> Tensor:
+        """The last text position that sees a key whose kind says that its span is closed, long `(batch, length)`.
+
+        NEVER for a key that stays. An open span stays too: its <CR> is still to come.
+        """
+        last = positions + min(self.recent_tokens, FARTHEST)
+        return last.masked_fill(kinds < EXPIRING, NEVER).masked_fill(kinds == DROPPED, -1)
+
     def settled(self, tokens: Tokens) -> Tokens:
-        kinds, positions, visible_from, ignored, _ = tokens
-        _, last = span_bounds(kinds, CL, CR, self.cr_tokens, ignored)
+        kinds, visible_from = tokens.kinds, tokens.visible_from
+        _, last = span_bounds(kinds, CL, CR, self.cr_tokens, tokens.ignored)
         closed = last >= 0
         if self.cr_tokens > 1:  # more of a span's <CR> may come as long as nothing else has been read
             index = torch.arange(kinds.shape[1], device=kinds.device).expand_as(kinds)
@@ -123,38 +133,25 @@ class KVCompression(Rule):
         if self.recent_tokens:
             found = self.lifetimes(tokens).visible_from
             visible_from = torch.where(closed & (kinds == CR), found, visible_from)
-        text = kinds == TEXT
-        sinks = text & (positions < self.sink_tokens)
-        settled = torch.where(closed & text & ~sinks, EXPIRING, kinds)
+        settled = torch.where(self.leaves(tokens, closed), EXPIRING, kinds)
         settled = torch.where((closed & (kinds == CR)) | (kinds == STRAY), SUMMARY, settled)
         settled = torch.where(closed & (kinds == CL), DROPPED, settled)
         return tokens._replace(kinds=settled, visible_from=visible_from)
 
     def keeps(self, tokens: Tokens, history: History) -> Tensor:
-        recent = min(self.recent_tokens, FARTHEST)
-        expired = (tokens.kinds == EXPIRING) & (tokens.positions + recent < history.text_read[:, None])
-        return ~expired & (tokens.kinds != DROPPED)
+        return self.visible_until(tokens.kinds, tokens.positions) >= history.text_read[:, None]
 
     def is_quiet(self, tokens: Tokens, history: History) -> bool:
-        seen = (tokens.kinds == SUMMARY) & (tokens.visible_from <= history.text_read[:, None])
-        return bool(((tokens.kinds == TEXT) | seen).all())
+        lasting = (tokens.kinds == TEXT) | (tokens.kinds == SUMMARY)
+        return bool((lasting & (tokens.visible_from <= history.text_read[:, None])).all())
 
     def is_open(self, tokens: Tokens) -> Tensor:
         """Whether a span is open at the end of settled tokens, bool `(batch,)`."""
         return ((tokens.kinds == CL) | (tokens.kinds == CR)).any(-1)
 
     def key_order(self, input_ids: Tensor) -> Tensor:
-        _, last = span_bounds(input_ids, self.cl_id, self.cr_id, self.cr_tokens)
-        lasting = (input_ids == self.cr_id) | ((last < 0) & (input_ids != self.cl_id))
-        return (~lasting).long().argsort(dim=-1, stable=True)
-
-    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        _, last = span_bounds(input_ids, self.cl_id, self.cr_id, self.cr_tokens)
-        text = self.text(input_ids, attention_mask)
-        positions, read = count_text(text), text.sum(-1, keepdim=True)
-        gone = text & (last >= 0) & (positions >= self.sink_tokens) & (positions + self.recent_tokens < read)
-        is_cr = input_ids == self.cr_id
-        return gone.sum(-1) - (is_cr if attention_mask is None else is_cr & attention_mask.bool()).sum(-1)
+        permanent = self.lifetimes(self.tokens(input_ids)).permanent
+        return (~permanent).long().argsort(dim=-1, stable=True)
 
 
 class Lifetimes(NamedTuple):

@@ -63,12 +63,6 @@ class LocalAttention(Rule):
         _, first = self.window_at(history.tokens_read[:, None], tokens.bound)
         return (tokens.kinds < self.sinks) | (tokens.kinds >= first)
 
-    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().long()
-        last = real.sum(-1) - 1
-        sinks, first = self.window_at(last.clamp(min=0), input_ids.shape[-1])
-        return torch.where(last >= 0, first - sinks, 0)
-
 
 @lru_cache(maxsize=64)
 def _windows(rule: LocalAttention, length: int, device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kv_compression.methods.ratio import check_ratio
 from kv_compression.methods.sentinels import count_text, is_text, next_text_token
@@ -95,6 +96,7 @@ class Rule:
     colour, marker = "#7F7F7F", "h"  # in plots
     card = ""  # a sentence for a model card, which may name {cl_id} and {cr_id}
     uses_sentinels = False
+    sink_tokens, recent_tokens, cr_tokens = 0, 0, 1  # of a rule without these options of KV compression
     num_kinds = NEVER  # what `remember` returns is below this
 
     def __post_init__(self):
@@ -141,10 +143,6 @@ class Rule:
         """Whether every text token to come sees all of these, so that none will ever leave."""
         return False
 
-    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Cache entries gone at the end of a block, long `(batch,)`: 0 for a method that defines its mask alone."""
-        return torch.zeros_like(input_ids[:, 0])
-
     def key_order(self, input_ids: Tensor) -> Tensor:
         """An order of the keys, long `(batch, length)`, in which those that are seen alike stand together."""
         return torch.arange(input_ids.shape[-1], device=input_ids.device).expand_as(input_ids)
@@ -184,6 +182,26 @@ class Rule:
         begins[:, 1:] = attention_mask[:, 1:] != attention_mask[:, :-1]
         before = torch.where(begins, count - text, 0).cummax(-1).values
         return (count - before - 1).clamp(min=0)
+
+    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Cache entries gone at the end of a block, long `(batch,)`: keys that are out of sight there, less the <CR>.
+
+        What is in sight is what the block's last token sees or, where there are sentinels, what text after the block
+        would: a <CR> at its end still sees its span. 0 for a method without `keeps`, as its cache holds all keys.
+        """
+        if type(self).keeps is Rule.keeps:
+            return torch.zeros_like(input_ids[:, 0])
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if self.uses_sentinels:
+            input_ids = pad(input_ids, (0, 1), value=max(self.cl_id, self.cr_id) + 1)
+            real = pad(real, (0, 1), value=True)
+        batch, length = input_ids.shape
+        rows, keys = torch.arange(batch, device=real.device)[:, None], torch.arange(length, device=real.device)[None]
+        last = torch.where(real, keys, 0).amax(-1, keepdim=True)
+        gone = real & ~self.sees(self.tokens(input_ids, real))(rows, 0, last, keys)
+        if not self.uses_sentinels:
+            return gone.sum(-1)
+        return (gone & self.text(input_ids)).sum(-1) - (real & (input_ids == self.cr_id)).sum(-1)
 
     def targets(self, input_ids: Tensor) -> Tensor:
         """The next text token of every text token, long `(batch, length)`, -100 for sentinels and the last one."""

@@ -44,12 +44,6 @@ class ScatteredAttention(Rule):
     def keeps(self, tokens: Tokens, history: History) -> Tensor:
         return tokens.kinds == DRAWN
 
-    def removed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        undrawn = self.tokens(input_ids, attention_mask).kinds == UNDRAWN
-        real = torch.ones_like(undrawn) if attention_mask is None else attention_mask.bool()
-        is_last = real.flip(-1).cumsum(-1).flip(-1) == 1  # the last token sees itself
-        return (real & undrawn & ~is_last).sum(-1)
-
 
 def draw_keys(
     input_ids: Tensor,

@@ -23,10 +23,10 @@ CHUNK = 512
 
 
 class Answers(NamedTuple):
-    """What came of a batch of questions, a value for each: mean `nats` a token of the right answer, and whether greedy
-    decoding gives it (`exact`). `kept` are the keys held of each document."""
+    """What came of a batch of questions, a value for each: the `nats` of every token of the right answer, and whether
+    greedy decoding gives it (`exact`). `kept` are the keys held of each document."""
 
-    nats: list[float]
+    nats: list[list[float]]
     exact: list[bool]
     kept: list[int]
 
@@ -75,15 +75,15 @@ def in_full(model: nn.Module, documents: Sequence[list[int]], questions: Sequenc
     return in_one_pass(model, FullAttention(), documents, questions)
 
 
-def has_left(rule: Rule, document: list[int], question: Question) -> bool:
-    """Whether no token that answers the question is seen in its original form when the answer begins.
+def have_left(rule: Rule, document: list[int], question: Question) -> list[bool]:
+    """Which tokens that answer the question are no longer seen in their original form when the answer begins.
 
     `document` is marked; `question.needed` counts text tokens.
     """
     ids = torch.tensor([document + question.ids])
     text = rule.text(ids)[0].nonzero().flatten()
     first, last = question.needed
-    return not bool(rule.mask(ids)[0, -1, text[first : last + 1]].any())
+    return (~rule.mask(ids)[0, -1, text[first : last + 1]]).tolist()
 
 
 def _judge(logits: Tensor, questions: Sequence[Question], kept: list[int]) -> Answers:
@@ -93,7 +93,7 @@ def _judge(logits: Tensor, questions: Sequence[Question], kept: list[int]) -> An
         count = len(question.answer)
         scores = scores[-count - 1 : -1].float()
         answer = torch.tensor(question.answer, device=scores.device)
-        nats.append(float(nn.functional.cross_entropy(scores, answer)))
+        nats.append(nn.functional.cross_entropy(scores, answer, reduction="none").tolist())
         exact.append(bool((scores.argmax(-1) == answer).all()))
     return Answers(nats, exact, kept)
 
@@ -101,8 +101,8 @@ def _judge(logits: Tensor, questions: Sequence[Question], kept: list[int]) -> An
 class Together(NamedTuple):
     """All questions about one document asked of one cache, against reading the document again for each."""
 
-    nats: list[float]
-    alone: list[float]
+    nats: list[list[float]]
+    alone: list[list[float]]
     seconds: float
     seconds_alone: float
     bytes: int

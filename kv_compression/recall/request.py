@@ -6,6 +6,7 @@ from pathlib import Path
 from kv_compression.io import flags
 from kv_compression.io.errors import UsageError
 from kv_compression.io.flags import option
+from kv_compression.io.results import adapter_at
 from kv_compression.methods import NAMES
 
 TASKS = ("repeat", "passkey", "key_value", "variables", "copy", "ask_many")
@@ -18,6 +19,13 @@ class RecallRequest:
 
     model_dir: str | None = option(
         None, "the output folder of a run of run_clm.py", group="model", metavar="FOLDER", in_words="an untrained model"
+    )
+    step: int | None = option(
+        None,
+        "ask the adapter as it was after this step, if the run kept it (--adapter_steps)",
+        group="model",
+        least=1,
+        in_words="the last",
     )
     model_name_or_path: str | None = option(
         None, "an untrained model: its name, its folder, or embedded", group="model", in_words="embedded"
@@ -62,6 +70,8 @@ class RecallRequest:
             flags.check(one.name, getattr(self, one.name), one.type, one.metadata["about"])
         if self.model_dir and self.model_name_or_path:
             raise UsageError("give either --model_dir or --model_name_or_path, not both")
+        if self.step and not self.model_dir:
+            raise UsageError("--step needs --model_dir: an untrained model has no steps")
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise UsageError(f"--tasks {unknown[0]}: choose from {', '.join(TASKS)}")
         self.asked_lengths()
@@ -90,7 +100,12 @@ class RecallRequest:
     @property
     def folder(self) -> Path:
         """Where the answers go."""
-        return Path(self.output_dir or self.model_dir)
+        return Path(self.output_dir or self.adapter or self.model_dir)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that --step names."""
+        return None if self.step is None else Path(self.model_dir) / adapter_at(self.step)
 
 
 def _number(name: str, text: str, kind: type):

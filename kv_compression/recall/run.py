@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from kv_compression import api
 from kv_compression.data import embedded
 from kv_compression.data.reading import load_file
-from kv_compression.io import ownership, strict_json
+from kv_compression.io import fields, ownership, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.machine import has_bf16
 from kv_compression.io.results import RESULTS, results_of_run, write_json, write_text
@@ -23,10 +24,13 @@ from kv_compression.model.architectures import positions_of
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.recall import measuring, plotting, scores
 from kv_compression.recall.request import RecallRequest
-from kv_compression.recall.tasks import Example, Source, examples
+from kv_compression.recall.tasks import TASKS, Example, Source, examples
 from kv_compression.settings import EMBEDDED, Settings
 
 LINES, SUMMARY = "recall.jsonl", "recall.json"
+OF_A_LINE = ("ratio", "index", "length", "depth", "distance", "left", "answer_tokens", "nats")
+OF_ONE = ("kept", "none", "full", "exact", "exact_none", "exact_full")
+OF_MANY = ("seconds", "seconds_alone", "bytes", "bytes_full", "apart")
 AGREE = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # nats a token that cache and mask may differ
 
 
@@ -36,7 +40,7 @@ def measure_recall(request: RecallRequest) -> str:
     model, tokenizer, settings, run = load(request)
     source = Source(read_text(request, tokenizer), tokenizer)
     lengths = request.asked_lengths()
-    most = positions_of(model)
+    most = positions_of(model.config)
     if most is not None and max(lengths) + 128 > most:
         raise UsageError(f"--lengths {max(lengths)} and a question are longer than the model's {most} positions")
     if len(source.text) < max(lengths):
@@ -65,7 +69,7 @@ def load(request: RecallRequest):
         from kv_compression.training.loading import load_run
 
         results = results_of_run(request.model_dir)
-        tokenizer, model, settings = load_run(request.model_dir, "bf16" if bf16 else "no")
+        tokenizer, model, settings = load_run(request.model_dir, "bf16" if bf16 else "no", request.adapter)
     else:
         results, settings = (
             None,
@@ -104,11 +108,15 @@ def read_text(request: RecallRequest, tokenizer) -> list[int]:
 def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: Source, request) -> Iterator[dict]:
     """The answers to a task at one ratio, a dictionary for each document."""
 
-    def marked(document: list[int]) -> list[int]:
-        shortest = settings.span_sampler == "shortest"
-        return api.mark(document, rule, ratio, settings.max_span_length, request.seed, shortest) if ratio else document
+    spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest", strict=False)
 
-    found = list(enumerate(examples(task, source, request.asked_lengths(), request.documents, request.seed)))
+    def marked(document: list[int]) -> list[int]:
+        return api.mark(document, rule, ratio, spans, request.seed) if ratio else document
+
+    try:
+        found = list(enumerate(examples(task, source, request.asked_lengths(), request.documents, request.seed)))
+    except ValueError as error:
+        raise UsageError(f"--lengths: {error}") from error
     for start in range(0, len(found), request.batch_size):
         batch = found[start : start + request.batch_size]
         batch = [(index, length, example) for index, (length, example) in batch]
@@ -122,12 +130,12 @@ def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: 
         full = measuring.in_full(model, [example.document for *_, example in batch], questions)
         apart = _check(model, rule, documents, questions, answers) if start == 0 else None
         for row, (index, length, example) in enumerate(batch):
+            gone = measuring.have_left(rule, documents[row], questions[row])
+            nats = {"nats": answers, "none": without, "full": full}
             yield {
-                **_line(task, ratio, index, length, example, rule, documents[row]),
+                **_line(task, ratio, index, length, example, gone),
                 "kept": answers.kept[row],
-                "nats": answers.nats[row],
-                "none": without.nats[row],
-                "full": full.nats[row],
+                **{name: _mean_of(found.nats[row], gone) for name, found in nats.items()},
                 "exact": answers.exact[row],
                 "exact_none": without.exact[row],
                 "exact_full": full.exact[row],
@@ -135,31 +143,40 @@ def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: 
             }
 
 
+def _mean_of(nats: list[float], gone: list[bool]) -> float:
+    """Nats a token over the tokens that had left, or over all if none had."""
+    return float(np.mean([one for one, left in zip(nats, gone) if left or not any(gone)]))
+
+
 def _ask_many(model, rule: Rule, ratio: float, marked, index: int, length: int, example: Example) -> dict:
-    found = measuring.together(model, rule, marked(example.document), example.document, example.questions)
-    line = _line("ask_many", ratio, index, length, example, rule, marked(example.document))
-    apart = max(abs(one - other) for one, other in zip(found.nats, found.alone))
-    return line | {"apart": apart} | {name: value for name, value in found._asdict().items() if name != "alone"}
+    document = marked(example.document)
+    found = measuring.together(model, rule, document, example.document, example.questions)
+    gone = measuring.have_left(rule, document, example.questions[0])
+    return {
+        **_line("ask_many", ratio, index, length, example, gone),
+        **{name: value for name, value in found._asdict().items() if name not in ("nats", "alone")},
+        "nats": float(np.mean(sum(found.nats, []))),
+        "apart": float(np.abs(np.subtract(sum(found.nats, []), sum(found.alone, []))).max()),
+    }
 
 
-def _line(task: str, ratio: float, index: int, length: int, example: Example, rule: Rule, document) -> dict:
-    question = example.questions[0]
+def _line(task: str, ratio: float, index: int, length: int, example: Example, gone: list[bool]) -> dict:
     return {
         "task": task,
         "ratio": ratio,
         "index": index,
         "length": length,
         "depth": example.depth,
-        "distance": length - 1 - question.needed[1],
-        "left": measuring.has_left(rule, document, question),
-        "answer_tokens": len(question.answer),
+        "distance": length - 1 - example.questions[0].needed[1],
+        "left": sum(gone) / len(gone),
+        "answer_tokens": len(gone),
     }
 
 
 def _check(model, rule: Rule, documents, questions, answers: measuring.Answers) -> float:
     """How far the cache's answers are from those of the mask in one pass. RunError if that is no rounding."""
     masked = measuring.in_one_pass(model, rule, documents, questions)
-    apart = max(abs(one - other) for one, other in zip(answers.nats, masked.nats))
+    apart = float(np.abs(np.subtract(sum(answers.nats, []), sum(masked.nats, []))).max())
     if apart > AGREE[model.dtype]:
         raise RunError(f"the cache's answers and the mask's are {apart:.3f} nats apart: please report this")
     return apart
@@ -177,6 +194,7 @@ def describe(request: RecallRequest, settings: Settings, run: dict | None, sourc
         "max_span_length": settings.max_span_length,
         "span_sampler": settings.span_sampler,
         "recipe": settings.recipe,
+        "step": request.step,
         "documents": request.documents,
         "lengths": request.asked_lengths(),
         "text": digest(json.dumps(list(source.text))),
@@ -198,7 +216,18 @@ def read_lines(request: RecallRequest, about: dict) -> list[dict]:
         return []
     if lines[0] != {"about": json.loads(json.dumps(about))}:
         raise UsageError(f"{path} was made with other settings: --overwrite replaces it, --output_dir names another")
+    for number, line in enumerate(lines[1:], start=2):
+        if not _is_answer(line):
+            raise RunError(f"{path} is damaged in line {number}: --overwrite measures again")
     return lines[1:]
+
+
+def _is_answer(line) -> bool:
+    """Whether this is a line that `ask` has made."""
+    if not fields.is_object(line) or not fields.is_name(line.get("task")) or line["task"] not in TASKS:
+        return False
+    needed = {*OF_A_LINE, *(OF_MANY if line["task"] == "ask_many" else OF_ONE)}
+    return all(isinstance(line.get(name), bool) or fields.number(line.get(name)) is not None for name in needed)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -21,27 +21,29 @@ def recovered(none, nats, full) -> float:
 
 
 def summarize(lines: Sequence[dict]) -> list[dict]:
-    """For each task and ratio what the answers come to, of documents in which the asked text had left its form.
+    """For each task and ratio what the answers come to. Only what had left its original form counts.
 
-    `recovered` has a 95% interval (bootstrap over documents); it is None if nothing had left. `ask_many` says what
-    asking one cache saves.
+    Nats are those of an answer's tokens of which that holds, exact answers those of documents in which it holds for the
+    whole answer (`whole` of them). `recovered` has a 95% interval (bootstrap over documents), and is missing if nothing
+    had left. `ask_many` says what asking one cache saves.
     """
     if not lines:
         return []
     rows = []
     for (task, ratio), found in pd.DataFrame(lines).groupby(["task", "ratio"], sort=False):
-        row = {"task": task, "ratio": ratio, "documents": len(found), "left": int(found["left"].sum())}
+        row = {"task": task, "ratio": ratio, "documents": len(found), "left": int((found["left"] > 0).sum())}
         if task == "ask_many":
             seconds = found[["seconds", "seconds_alone", "bytes", "bytes_full", "apart"]]
             mean = seconds.mean().to_dict() | {"apart": seconds["apart"].max()}
             rows.append(row | {name: float(value) for name, value in mean.items()})
             continue
-        gone = found[found["left"]]
+        gone, whole = found[found["left"] > 0], found[found["left"] == 1]
         kept = found["kept"] / found["length"]
         row |= {"kept": float(found["kept"].mean()), "kept_share": float(kept.mean())}
         if len(gone):
             row |= {name: float(gone[name].mean()) for name in ("nats", "none", "full", "distance")}
-            row |= {name: float(gone[name].mean()) for name in ("exact", "exact_none", "exact_full")}
+            row |= {"whole": len(whole)}
+            row |= {name: float(whole[name].mean()) for name in ("exact", "exact_none", "exact_full") if len(whole)}
             row |= _with_interval(gone)
         rows.append(row)
     return rows
@@ -73,6 +75,7 @@ def as_table(rows: list[dict]) -> str:
         "ratio": lambda row: f"{row['ratio']:g}",
         "kept": lambda row: figure(row["kept"], 1),
         "left": lambda row: f"{row['left']}/{row['documents']}",
+        "whole": lambda row: str(row.get("whole", 0)),
         "none": lambda row: figure(row.get("none")),
         "method": lambda row: figure(row.get("nats")),
         "full": lambda row: figure(row.get("full")),

@@ -67,10 +67,12 @@ def number(rng: np.random.Generator, digits: int = 5) -> str:
     return str(HELD_OUT * int(rng.integers(low, high)))
 
 
-def two_numbers(rng: np.random.Generator) -> tuple[str, str]:
-    """Two different numbers: the right one, and the one that stands in its place where the answer is absent."""
-    one, other = number(rng), number(rng)
-    return (one, other) if one != other else two_numbers(rng)
+def numbers(rng: np.random.Generator, count: int) -> list[str]:
+    """So many different numbers."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[number(rng)] = None
+    return list(found)
 
 
 def placed(source: Source, length: int, parts: list[list[int]], at: list[float], rng) -> tuple[list[int], list[int]]:
@@ -81,7 +83,7 @@ def placed(source: Source, length: int, parts: list[list[int]], at: list[float],
     room = length - sum(map(len, parts))
     if room <= START:
         raise ValueError(f"a document of {length} tokens is too short for what it is to say")
-    filler = source.stretch(room, rng)
+    filler = source.stretch(length, rng)[:room]  # the same, however long the parts are
     tokens, begins, taken = [], [], 0
     for depth, part in zip(at, parts):
         place = START + round(depth * (room - START))
@@ -105,7 +107,7 @@ def repeat(source: Source, length: int, depth: float, rng) -> Example:
 
 def passkey(source: Source, length: int, depth: float, rng) -> Example:
     """A code at some depth of a text."""
-    key, other = two_numbers(rng)
+    key, other = numbers(rng, 2)
     said = [source.ids(" Remember the access code:"), source.ids(f" {key}"), source.ids(".")]
     return _one_of(source, length, [said], [depth], 0, f" {other}", "\nThe access code to remember:", rng)
 
@@ -122,7 +124,7 @@ def ask_many(source: Source, length: int, depth: float, rng) -> Example:
 
 def variables(source: Source, length: int, depth: float, rng) -> Example:
     """A chain of assignments through the text, of which the end is asked for."""
-    key, other = two_numbers(rng)
+    key, other = numbers(rng, 2)
     names = [f"{letter}{rng.integers(10, 99)}" for letter in rng.permutation(list("XYZW"))[:CHAIN]]
     said = [[source.ids(f" Let {names[0]} be"), source.ids(f" {key}"), source.ids(".")]]
     said += [[source.ids(f" Let {new} be {old}."), [], []] for old, new in zip(names, names[1:])]
@@ -140,11 +142,11 @@ def copy(source: Source, length: int, depth: float, rng) -> Example:
 def _about_people(source: Source, length: int, count: int, rng, asked: int) -> Example:
     firsts, lasts = (rng.choice(pool, count, replace=False) for pool in (NAMES, SURNAMES))
     people = [f"{first} {last}" for first, last in zip(firsts, lasts)]
-    keys = [two_numbers(rng) for _ in people]
+    drawn = numbers(rng, 2 * count)
+    keys, others = drawn[:count], drawn[count:]
     before, after = " The locker of {} opens with", "."
     said = [
-        [source.ids(before.format(who)), source.ids(f" {key}"), source.ids(after)]
-        for who, (key, _) in zip(people, keys)
+        [source.ids(before.format(who)), source.ids(f" {key}"), source.ids(after)] for who, key in zip(people, keys)
     ]
     at = sorted(rng.uniform(0, 1, count).tolist())
     chosen = rng.permutation(count)[:asked].tolist()
@@ -153,7 +155,7 @@ def _about_people(source: Source, length: int, count: int, rng, asked: int) -> E
     for who in chosen:  # the same filler for all
         rng.bit_generator.state = state
         ask = f"\nThe locker of {people[who]} opens with"
-        examples.append(_one_of(source, length, said, at, who, f" {keys[who][1]}", ask, rng))
+        examples.append(_one_of(source, length, said, at, who, f" {others[who]}", ask, rng))
     questions = [example.questions[0] for example in examples]
     return Example(examples[0].document, examples[0].without, questions, at[chosen[0]])
 

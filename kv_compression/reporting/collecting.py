@@ -87,11 +87,21 @@ class ScoredSet:
 
 
 @dataclass
+class Recall:
+    """What a cache remembered (`recall.json`): the `folder` it lies in, the method, and the summary's rows."""
+
+    folder: str
+    method: str
+    rows: list[dict]
+
+
+@dataclass
 class Found:
     """Everything that a folder holds; duplicates are set apart."""
 
     groups: list[Group] = field(default_factory=list)
     scores: list[ScoredSet] = field(default_factory=list)
+    recalls: list[Recall] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     duplicates: list[tuple[str, str]] = field(default_factory=list)  # path and the file that is used
     unscored: list[str] = field(default_factory=list)  # continuations without scores beside them
@@ -101,9 +111,10 @@ class Found:
         runs = sum(len(group.runs) for group in self.groups)
         scored = len({path for scores in self.scores for path in scores.rows.path})
         groups = f"{len(self.groups)} group{'s' * (len(self.groups) != 1)}"
+        recalls = f"{len(self.recalls)} measurement{'s' * (len(self.recalls) != 1)} of recall, " if self.recalls else ""
         return (
             f"{runs} run{'s' * (runs != 1)} in {groups} of equal settings, {scored} scored "
-            f"file{'s' * (scored != 1)}, {len(self.duplicates)} duplicate, {len(self.unreadable)} unreadable"
+            f"file{'s' * (scored != 1)}, {recalls}{len(self.duplicates)} duplicate, {len(self.unreadable)} unreadable"
         )
 
 
@@ -137,8 +148,11 @@ def collect(folder: Path) -> Found:
         except ValueError as error:
             found.unreadable.append((name, str(error)))
         else:
+            if fields.has_all(content, fields.OF_RECALL):
+                found.recalls.append(Recall(os.path.dirname(name) or ".", content["about"]["method"], content["rows"]))
+                continue
             (runs if fields.has_all(content, fields.OF_A_RUN) else scores)[name] = content
-    if not runs and not scores:
+    if not runs and not scores and not found.recalls:
         hint = f" ({found.unreadable[0][0]} {found.unreadable[0][1]})" if found.unreadable else ""
         raise UsageError(f"{folder}: no results of run_clm.py or eval_generation.py below it{hint}")
     _add_scores(found, scores, _add_runs(found, runs), folder)
@@ -158,6 +172,9 @@ def _read(path: Path) -> dict:
         raise ValueError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"is damaged: {one_line(error)}") from error
+    if fields.has_all(content, fields.OF_RECALL):
+        fields.check(content, fields.OF_RECALL)
+        return content
     if fields.has_all(content, fields.OF_A_RUN):
         fields.check(content, fields.OF_A_RUN, fields.SOMETIMES_OF_A_RUN)
     elif fields.has_all(content, fields.OF_A_METHOD | fields.OF_SCORES):

@@ -10,7 +10,7 @@ from kv_compression.io import ownership
 from kv_compression.io.errors import printable
 from kv_compression.io.results import write_text
 from kv_compression.io.tables import Columns, csv_table, escaped, estimate, figure, figures, markdown_table
-from kv_compression.reporting import comparing, drawing, plotting, published
+from kv_compression.reporting import comparing, drawing, plotting, published, remembering
 from kv_compression.reporting.collecting import (
     BASELINES,
     CLAIMED,
@@ -94,13 +94,13 @@ def build(found: Found) -> Report:
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
         "dash is what was not measured. An SVG of each plot lies beside it."
     )
-    described = [
-        {protocol: comparing.describe(group, protocol) for protocol in group.protocols} for group in found.groups
-    ]
+    described = [{name: comparing.describe(group, name) for name in group.protocols} for group in found.groups]
     for count, group in enumerate(found.groups, start=1):
         _group_section(report, group, described[count - 1], count)
     for count, scores in enumerate(found.scores, start=1):
         _scores_section(report, scores, count)
+    if found.recalls:
+        remembering.add_section(report, found.recalls)
     if found.unreadable:
         report.say("## Unreadable files")
         report.say_each(f"{escaped(path)} {escaped(why)}" for path, why in found.unreadable)

@@ -9,6 +9,7 @@ import peft
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_utils import load_state_dict
 
@@ -16,13 +17,14 @@ from kv_compression.data import embedded
 from kv_compression.data.reading import OFFLINE
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.hub import check_hub
-from kv_compression.io.results import results_of_run
+from kv_compression.io.results import ADAPTER_FILE, results_of_run
 from kv_compression.methods import METHODS
+from kv_compression.model.architectures import positions_of
 from kv_compression.model.attention import FLEX, SORTED_FLEX
 from kv_compression.model.vocabulary import add_sentinels
 from kv_compression.settings import EMBEDDED, Settings
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = ("adapter_config.json", ADAPTER_FILE)
 
 
 def load_model(
@@ -72,13 +74,17 @@ def _snapshot(name: str) -> Path | None:
 
 def check_length(model: nn.Module, block_size: int) -> None:
     """Raise UsageError if the model has fewer positions than a block has tokens."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and block_size > positions:
         raise UsageError(f"--block_size {block_size} is longer than the model's {positions} positions")
 
 
-def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
+def load_run(
+    folder: str, mixed_precision: str, adapter: Path | None = None
+) -> tuple[transformers.PreTrainedTokenizerBase, nn.Module, Settings]:
     """The tokenizer, the merged model and the settings of a finished run of run_clm.py.
+
+    With `adapter`, a folder, the adapter there takes the place of the run's last.
 
     The adapter is merged in fp32, layer by layer; under bf16 the merged weights are rounded once. UsageError if
     `folder` holds no run, RunError if the run is damaged or its model cannot be loaded.
@@ -94,6 +100,7 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
             cast(embedding, torch.float32)  # new rows are means
     if METHODS[settings.method].uses_sentinels:
         add_sentinels(tokenizer, model)
+    folder = folder if adapter is None else str(adapter)
     # If one is missing, peft would look for another file, which may be pickled, and then on the hub.
     for name in ADAPTER:
         if not (Path(folder) / name).is_file():
@@ -107,6 +114,18 @@ def load_run(folder: str, mixed_precision: str) -> tuple[transformers.PreTrained
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
     return tokenizer, model, settings
+
+
+def load_adapter(model: peft.PeftModel, folder: str) -> None:
+    """Put the adapter of a finished run into a model of `add_lora`. RunError if it is damaged or another model's."""
+    try:
+        weights = load_file(Path(folder) / ADAPTER_FILE)
+        found = peft.set_peft_model_state_dict(model, weights)
+        missing = [name for name in found.missing_keys if "lora_" in name or "trainable_tokens" in name]
+        if found.unexpected_keys or missing:
+            raise ValueError("it is of another model")
+    except Exception as error:  # the loader raises whatever its parsers do
+        raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
 
 
 def recorded_settings(results: dict, folder: str) -> Settings:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -89,11 +89,13 @@ def train(
     writer,
     checkpoints: Checkpoints | None = None,
     resume: Checkpoint | None = None,
+    keep_adapter: Callable[[int], None] | None = None,
 ) -> "TrainingReport":
     """Fine-tune the adapters of a patched model on `blocks`.
 
     `writer` is a `scalars.Scalars` or None. `checkpoints` are written as they fall due, and when SIGINT or SIGTERM
-    comes, which then raises Interrupted; `resume` is the one to start from. RunError at the first loss that is not
+    comes, which then raises Interrupted; `resume` is the one to start from. `keep_adapter(step)` is called after every
+    `settings.adapter_steps` steps, in all processes. RunError at the first loss that is not
     finite, naming the step and its blocks. (Paper, section 4.1.)
     """
     schedule = Schedule(settings, len(blocks), accelerator.num_processes)
@@ -120,6 +122,8 @@ def train(
                 wishes = [torch.full_like(loss, float(wish)) for wish in (bool(signals), overdue)]
                 results = accelerator.reduce(torch.stack([loss / accelerator.num_processes, *wishes]), reduction="sum")
                 progress.add(results, sum(each.num_targets for each in micro_batches), rate)
+                if keep_adapter and settings.adapter_steps and (step + 1) % settings.adapter_steps == 0:
+                    keep_adapter(step + 1)
                 if checkpoint_due(step + 1, schedule.num_steps, checkpoints, progress):
                     so_far = (progress.tokens, progress.losses, progress.seconds)
                     captured = capture(prepared.model, prepared.optimizer, scheduler, *so_far)

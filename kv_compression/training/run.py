@@ -17,7 +17,7 @@ from kv_compression.data.embedded import EMBEDDED_BASE
 from kv_compression.data.splits import read_splits
 from kv_compression.io import processes
 from kv_compression.io.machine import commit_of_project
-from kv_compression.io.results import RESULTS, write_json
+from kv_compression.io.results import RESULTS, adapter_at, write_json
 from kv_compression.methods.rule import Rule
 from kv_compression.model.attention import Patch
 from kv_compression.model.lora import LORA_ALPHA, LORA_DROPOUT, add_lora, lora_targets
@@ -25,7 +25,7 @@ from kv_compression.settings import EMBEDDED, Settings
 from kv_compression.training import run_folder
 from kv_compression.training.checkpoints import Checkpoint, Checkpoints, trained
 from kv_compression.training.evaluation import evaluate
-from kv_compression.training.loading import check_length, load_model
+from kv_compression.training.loading import check_length, load_adapter, load_model
 from kv_compression.training.loop import OPTIMIZER, Prepared, prepare, train
 from kv_compression.training.scalars import Scalars
 from kv_compression.training.schedule import Schedule
@@ -64,7 +64,7 @@ def run(
         log.info("preset %s: %s; %s", settings.preset, settings.preset_reason, settings.identity())
         writer = Scalars(folder / "tensorboard") if accelerator.is_main_process else None
         untrained = processes.on_main(run_folder.read_untrained, source or folder) if checkpoint else None
-        measured = measure(loaded, untrained, writer, checkpoints, checkpoint)
+        measured = score_and_train(loaded, untrained, writer, checkpoints, checkpoint)
         results = measured | {"wall_seconds": time.perf_counter() - start} | description(loaded) | {"commit": commit}
         model = loaded.prepared.model
         weights = trained(model)
@@ -101,20 +101,24 @@ def load(settings: Settings) -> Loaded:
     targets = lora_targets(model, settings.lora_target_modules)
     rule, splits = read_splits(settings, tokenizer, model, accelerator.device, revision)
     sentinel_ids = (rule.cl_id, rule.cr_id) if rule.uses_sentinels else ()
-    prepared = prepare(add_lora(model, targets, settings.r, sentinel_ids), accelerator, settings)
+    model = add_lora(model, targets, settings.r, sentinel_ids)
+    if settings.model_dir:
+        load_adapter(model, settings.model_dir)
+    prepared = prepare(model, accelerator, settings)
     return Loaded(settings, accelerator, tokenizer, revision, targets, prepared, rule, splits)
 
 
-def measure(
+def score_and_train(
     loaded: Loaded,
     untrained: dict | None,
     writer: Scalars | None,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
 ) -> dict:
-    """Score the untouched model, fine-tune it, and score it again: the measured part of results.json.
+    """Score the model before training, train it, and score it again; returns the measured part of results.json.
 
-    `untrained` holds the scores before fine-tuning if an interrupted run has left them.
+    `untrained` holds the scores before training if an interrupted run has left them. With `eval_only` there is no
+    training, with `skip_untrained` no score before it.
     """
     settings, accelerator, prepared = loaded.settings, loaded.accelerator, loaded.prepared
     rule, splits = loaded.rule, loaded.splits
@@ -125,6 +129,11 @@ def measure(
         log.info("%s: %s", note, scores)
         return asdict(scores)
 
+    def keep_adapter(step: int) -> None:
+        weights = trained(prepared.model)
+        if accelerator.is_main_process:
+            run_folder.save_adapter(prepared.model, Path(settings.output_dir), weights, adapter_at(step))
+
     report = None
     with Patch(prepared.model, rule) as patch:
         if untrained is None and not (settings.eval_only or settings.skip_untrained):
@@ -132,7 +141,8 @@ def measure(
             if accelerator.is_main_process:
                 write_json(Path(settings.output_dir) / run_folder.UNTRAINED, untrained)
         if not settings.eval_only:
-            report = train(prepared, splits["train"], patch, accelerator, settings, writer, checkpoints, checkpoint)
+            written = (writer, checkpoints, checkpoint, keep_adapter)
+            report = train(prepared, splits["train"], patch, accelerator, settings, *written)
         # The test split last: train.log ends with its perplexity.
         scores = {split: score(split, f"{split} split") for split in ("validation", "test") if split in splits}
     return {

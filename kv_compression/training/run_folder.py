@@ -13,7 +13,7 @@ import filelock
 import peft
 from torch import Tensor
 
-from kv_compression.io import ownership, processes, strict_json
+from kv_compression.io import flags, ownership, processes, strict_json
 from kv_compression.io.errors import RunError, UsageError, one_line
 from kv_compression.io.fields import is_measured
 from kv_compression.io.results import RESULTS, read_results
@@ -136,7 +136,7 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
 
 def checkpoints_of(settings: Settings, steps_per_epoch: int = 1) -> Checkpoints:
     """The checkpoints of a run with these settings."""
-    steps, minutes = settings.checkpoint_interval(steps_per_epoch)
+    steps, minutes = flags.interval(settings.checkpointing_steps, steps_per_epoch)
     identity, defaults = (_regardless_of_processes(one.identity()) for one in (settings, Settings()))
     return Checkpoints(Path(settings.output_dir), identity, steps, minutes, settings.checkpoints_to_keep, defaults)
 
@@ -223,12 +223,20 @@ def save_model(model: peft.PeftModel, tokenizer, folder: Path, weights: dict[str
     """
     if isinstance(tokenizer.chat_template, dict):  # anybody can name templates, and the names would become file names
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    save_adapter(model, folder, weights, tokenizer=tokenizer)
+
+
+def save_adapter(
+    model: peft.PeftModel, folder: Path, weights: dict[str, Tensor] | None, below: str = ".", tokenizer=None
+) -> None:
+    """Write the adapter, and the tokenizer if there is one, as files of `folder` in its sub-folder `below`."""
     staged = None
     try:
         staged = ownership.stage(folder)
-        model.save_pretrained(staged, save_embedding_layers=False, state_dict=weights)
-        (staged / "README.md").unlink(missing_ok=True)  # peft's; the card of the run comes with `finish`
-        tokenizer.save_pretrained(staged)
+        model.save_pretrained(staged / below, save_embedding_layers=False, state_dict=weights)
+        (staged / below / "README.md").unlink(missing_ok=True)  # peft's; the card of the run comes with `finish`
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         ownership.move_in(staged, folder)
     except UsageError:
         raise
