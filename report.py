@@ -35,7 +35,7 @@ def main() -> None:
 
     found = collecting.collect(folder)
     path = writing.write(found, Path(flags.output_dir or folder))
-    print(f"{found.summary()}: {path}")
+    print(f"{found.tally()}: {path}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     repository = None if upload_to is None else processes.on_main(hub.destination, upload_to, folder)
     resumes = source is not None or (bool(resume) and not overwrite)
     found = found or training_run.run(settings, resumes, source, model_card.write_card)
-    say(results.summary(found))
+    say(results.in_one_line(found))
     if repository and state.is_main_process:
         model_card.write_card(folder, found, repository)
         say(f"uploaded to {hub.push(folder, repository, private)}")

@@ -33,7 +33,7 @@ def main() -> None:
     except OSError as error:
         raise RunError(f"the sweep cannot go on in {folder}: {error}") from error
     if not flags.dry_run:
-        print(sweep_jobs.summary(jobs, folder))
+        print(sweep_jobs.what_is_finished(jobs, folder))
     for name, reason in failed.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     if failed:

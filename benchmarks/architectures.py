@@ -10,7 +10,6 @@ Run: python benchmarks/architectures.py [TYPE …] [--markdown FILE] [--json FIL
 core. The exit status is 1 if an architecture that is accepted is wrong.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -28,8 +27,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.flags import new_file
 from benchmarks.tiny_models import all_names, tiny_model
 from kv_compression.io.errors import RunError, one_line
+from kv_compression.io.flags import Parser
 from kv_compression.methods.full_attention import TextOnly
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.local_attention import LocalAttention
@@ -445,10 +446,10 @@ fp64 where the model can; right is at most {TOLERANCE:.0e}.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types with all their variants; default: all")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table as a page of documentation")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="a new file for all that was measured")
     args = parser.parse_args()
     names = all_names()
     if unknown := set(args.types) - {part for name in names for part in (name, name.split(" (")[0])}:

@@ -10,7 +10,6 @@ On a CUDA GPU also, with RedPajama-3B's shape in bf16: the largest batch that fi
 tokens per second there, at ratios 0 and 0.9. Run: python benchmarks/decoding.py [--lengths 512 …] [--json FILE]
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,6 +22,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from benchmarks.flags import new_file
+from kv_compression.io.flags import Parser
 from kv_compression.methods.kv_compression import KVCompression
 from kv_compression.methods.sentinels import insert_sentinels
 from kv_compression.model.attention import Patch
@@ -212,10 +213,10 @@ def largest_batch(model, ratio: float, context: int = 2048) -> dict:
 
 def main() -> None:
     """Measure and print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=20, help="decode steps that the median is taken of")
-    parser.add_argument("--json", help="where all numbers go")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="a new file for all numbers")
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
@@ -242,7 +243,7 @@ def main() -> None:
         for entry in found[-2:]:
             print(f"| {entry['ratio']} | {entry['batch']} | {entry['tokens_per_second']:.0f} |")
     if flags.json:
-        Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
+        flags.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

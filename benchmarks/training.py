@@ -18,7 +18,6 @@ ratio 0.9. "Tiles" is the share of the 128 x 128 tiles that a block mask does no
 Run: python benchmarks/training.py [--steps N] [--batch N] [--growth] [--json FILE]
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -40,7 +39,9 @@ import transformers
 from torch._inductor.exc import InductorError
 from torch.nn.functional import cross_entropy
 
+from benchmarks.flags import new_file
 from kv_compression.data.blocks import Blocks
+from kv_compression.io.flags import Parser
 from kv_compression.io.machine import has_bf16
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.kv_compression import KVCompression
@@ -313,14 +314,14 @@ def growth_table(rows: list[dict]) -> str:
 
 def main() -> None:
     """Measure and print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=SHAPES[DEVICE][-1])
     parser.add_argument("--growth", action="store_true", help="the growth with the block, in place of the comparison")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--only", nargs="+", choices=list(WAYS), help="these ways alone")
     parser.add_argument("--way", choices=list(WAYS), help="one way, in this process, as JSON")
-    parser.add_argument("--json", help="where the numbers go")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="a new file for the numbers")
     flags = parser.parse_args()
     if flags.way:
         print(json.dumps(run_way(flags.way, flags.batch, flags.steps)))
@@ -331,7 +332,7 @@ def main() -> None:
     if rows:
         print(growth_table(rows) if flags.growth else table(rows))
     if flags.json:
-        Path(flags.json).write_text(json.dumps(rows, indent=1))
+        flags.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

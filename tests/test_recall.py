@@ -334,7 +334,7 @@ def test_the_report_has_recall_against_kept_keys(tmp_path):
     found = collecting.collect(tmp_path)
     assert [recall.method for recall in found.recalls] == ["kv_compression", "sink_attention"]
     assert found.unreadable == [("c/recall.json", "is damaged: rows")]
-    assert "2 measurements of recall" in found.summary()
+    assert "2 measurements of recall" in found.tally()
     picture = remembering.picture(found.recalls)
     assert [curve.points for curve in picture.panels[0].curves] == [
         [(pytest.approx(25.6), 0.2, pytest.approx(0.1), pytest.approx(0.3)), (128, 0.6, 0.5, 0.7)],
@@ -350,7 +350,7 @@ def test_the_report_has_recall_against_kept_keys(tmp_path):
 @given(st.data())
 def test_answers_that_anybody_may_have_written_are_read_or_refused_in_one_line(tmp_path, data):
     about = {"method": "sink_attention"}
-    good = {name: 0.5 for name in recall_run.OF_A_LINE + recall_run.OF_ONE} | {"task": "repeat"}
+    good = {name: 0.5 for name in recall_run.OF_A_LINE + recall_run.OF_ONE} | {"task": "repeat", "length": 256}
     name = data.draw(st.sampled_from([*good, "more"]))
     value = data.draw(
         st.one_of(st.none(), st.floats(), st.text(), st.booleans(), st.lists(st.integers()), st.integers())

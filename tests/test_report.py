@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import report as script
 from kv_compression.io import ownership
-from kv_compression.io.errors import UsageError
 from kv_compression.reporting import collecting, comparing, published, writing
 from tests.made_results import grid, group_of, put, results, scores, write
+from tests.runs import call_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,9 +34,9 @@ def described(group: collecting.Group, **which) -> dict:
     return row
 
 
-def sinks(*points: tuple, **settings) -> list[dict]:
+def sinks(*points: tuple, **others) -> list[dict]:
     """Runs of sink attention, by ratio, nats and kept keys."""
-    return [results("sink_attention", ratio, nll=nll, kept=kept, **settings) for ratio, nll, kept in points]
+    return [results("sink_attention", ratio, nll=nll, kept=kept, **others) for ratio, nll, kept in points]
 
 
 # Groups and variants
@@ -44,9 +45,8 @@ def sinks(*points: tuple, **settings) -> list[dict]:
 def test_runs_are_grouped_by_what_must_be_equal(tmp_path):
     same = [results(), results("local_attention"), results(seed=1), results(protocol="paper"), results(sink_tokens=4)]
     same += [results(ratio=0.1, attn_implementation="eager", fixed_spans=False, recipe="best")]
-    same += [
-        results(seed=2, num_processes=1, isolate_documents=False, documents="auto")
-    ]  # an older version lacked them
+    new = {"num_processes": 1, "isolate_documents": False, "documents": "auto"}  # older runs lack these
+    same += [results(seed=2, **new)]
     other = [results(learning_rate=1.0), results("full_attention", 0.0, learning_rate=1.0)]
     groups = collecting.collect(write(tmp_path, *same, *other)).groups
     assert [len(group.runs) for group in groups] == [7, 2]
@@ -229,27 +229,26 @@ def test_kept_keys_are_interpolated_inside_the_measured_range_only(tmp_path):
     assert found == pytest.approx({0.1: math.nan, 0.5: math.exp(3.25), 0.9: math.nan}, nan_ok=True)
 
 
-def test_a_seed_with_a_wider_gap_than_another_is_not_interpolated(tmp_path):
-    whole = sinks((0.5, 3, 60), (0.7, 3.2, 40), (0.9, 4, 20))
-    ends = [run | {"seed": 1} for run in sinks((0.5, 3, 60), (0.9, 4, 21))]
-    kv = [results(nll=3.5, kept=30, seed=seed) for seed in (0, 1)]
-    (row,) = comparing.judge_kept_keys(group_of(tmp_path, *whole, *ends, *kv), "matched")
-    assert row["seeds"] == 1 and row["baseline_perplexity"] == pytest.approx(math.exp(3.6))
-    assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 40)
-    near = results("sink_attention", seed=1, nll=3.2, kept=41, ratio=0.7)
-    (row,) = comparing.judge_kept_keys(group_of(tmp_path / "both", *whole, *ends, near, *kv), "matched")
-    assert row["seeds"] == 2 and (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 41)
+GRID = sinks((0.5, 3, 60), (0.7, 3.2, 40), (0.9, 4, 20))
+ENDS = sinks((0.5, 3, 60), (0.9, 4, 21), seed=1)
+FINE = [run for seed in (0, 1) for run in sinks((0.7, 6, 40), (0.8, 7, 30), (0.9, 8, 20), seed=seed)]
+FINE += sinks((0.84, 7.4, 26), (0.85, 7.5, 25))  # finer, the last of them exact
+FINE += sinks((0.86, 7.6, 24), (0.85, 3, 26), seed=2)  # of no run of KV compression
 
 
-def test_an_exact_hit_or_finer_runs_of_one_seed_do_not_leave_out_another_on_the_grid(tmp_path):
-    at = {0.7: 40, 0.8: 30, 0.9: 20}
-    runs = [run | {"seed": seed} for seed in (0, 1) for run in sinks(*((r, 10 - k / 10, k) for r, k in at.items()))]
-    runs += sinks((0.84, 7.4, 26), (0.85, 7.5, 25))  # finer
-    runs += [run | {"seed": 2} for run in sinks((0.86, 7.6, 24), (0.85, 3, 26))]  # of no run of KV compression
-    runs += [results(seed=seed, nll=8, kept=25) for seed in (0, 1)]
-    (row,) = comparing.judge_kept_keys(group_of(tmp_path, *runs), "matched")
-    assert row["seeds"] == 2 and row["baseline_perplexity"] == pytest.approx(math.exp(7.5))
-    assert (row["baseline_kept_below"], row["baseline_kept_above"]) == (20, 30)
+@pytest.mark.parametrize(
+    ("runs", "kept", "seeds", "nll", "neighbours"),
+    [
+        ([*GRID, *ENDS], 30, 1, 3.6, (20, 40)),  # a seed with a wider gap than the other's is left out
+        ([*GRID, *ENDS, *sinks((0.7, 3.2, 41), seed=1)], 30, 2, None, (20, 41)),
+        (FINE, 25, 2, 7.5, (20, 30)),  # an exact hit or finer runs of one seed leave out no other on the grid
+    ],
+)
+def test_seeds_are_interpolated_between_neighbours_on_the_grid(tmp_path, runs, kept, seeds, nll, neighbours):
+    kv = [results(nll=8, kept=kept, seed=seed) for seed in (0, 1)]
+    (row,) = comparing.judge_kept_keys(group_of(tmp_path, *runs, *kv), "matched")
+    assert (row["seeds"], row["baseline_kept_below"], row["baseline_kept_above"]) == (seeds, *neighbours)
+    assert nll is None or row["baseline_perplexity"] == pytest.approx(math.exp(nll))
 
 
 def test_the_best_sinks_are_those_that_a_point_compares_worst_with(tmp_path):
@@ -298,27 +297,16 @@ def test_duplicates_are_used_once(tmp_path):
     assert "- 001/results.json: 000/results.json is used" in text_of(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"{", b"[]", b"\xff", b"[" * 100000, b'{"loss": 1}'),
-        json.dumps(results(ratio=math.nan) | {"settings": 3}).encode(),
-        json.dumps(results(protocol="own")).encode(),
-        json.dumps(scores("kv_compression", documents={"0": 3})).encode(),
-    ],
-)
-def test_what_cannot_be_read_is_named_and_stops_nothing(tmp_path, content):
-    write(tmp_path, results())
-    (tmp_path / "x|y.json").write_bytes(content)
-    found = collecting.collect(tmp_path)
-    assert [path for path, _ in found.unreadable] == ["x|y.json"]
-    (line,) = [line for line in writing.build(found).lines if line.startswith("- x\\|y.json")]
-    assert "\n" not in line
-    assert str(tmp_path) not in line
+UNREADABLE = [b"{", b"[]", b"\xff", b"[" * 100000, b'{"loss": 1}']
+UNREADABLE += [json.dumps(results(ratio=math.nan) | {"settings": 3}).encode()]
+UNREADABLE += [json.dumps(results(protocol="own")).encode()]
+UNREADABLE += [json.dumps(scores("kv_compression", documents={"0": 3})).encode()]
 
 
-def test_files_of_other_programs_are_passed_over(tmp_path):
+def test_what_cannot_be_read_is_named_and_files_of_other_programs_are_passed_over(tmp_path):
     write(tmp_path, results())
+    for number, content in enumerate(UNREADABLE):
+        (tmp_path / f"x|{number}.json").write_bytes(content)
     names = ["adapter_config.json", "tokenizer_config.json", "special_tokens_map.json", "generation.about.json"]
     for name in [*names, "untrained.json", ".results.json.x1.partial"]:
         (tmp_path / name).write_text("{}")
@@ -326,8 +314,11 @@ def test_files_of_other_programs_are_passed_over(tmp_path):
     (tmp_path / ".venv" / "some.json").write_text("{")
     put(tmp_path / "kv_0.1.json", results(ratio=0.1))  # results by another name
     found = collecting.collect(tmp_path)
-    assert found.unreadable == []
+    assert [path for path, _ in found.unreadable] == [f"x|{number}.json" for number in range(len(UNREADABLE))]
     assert list(found.groups[0].runs.path) == ["000/results.json", "kv_0.1.json"]
+    lines = [line for line in writing.build(found).lines if line.startswith("- x\\|")]
+    assert len(lines) == len(UNREADABLE)
+    assert not any("\n" in line or str(tmp_path) in line for line in lines)
 
 
 def test_text_of_files_stays_in_its_place(tmp_path):
@@ -347,14 +338,6 @@ def test_text_of_files_stays_in_its_place(tmp_path):
 # Claim 2
 
 
-def scored(folder: Path, *pairs: tuple[dict, dict]) -> list[collecting.Scores]:
-    """The sets of scores that each lie beside an about.json."""
-    for number, (score, about) in enumerate(pairs):
-        put(folder / str(number) / "scores.json", score)
-        put(folder / str(number) / "generation.about.json", about)
-    return collecting.collect(folder).scores
-
-
 @pytest.mark.parametrize(
     ("better", "word"),
     [(0.05, "holds"), (-0.05, "reversed"), (0.0, "no difference shown"), (None, "too few documents")],
@@ -365,12 +348,12 @@ def test_scores_are_judged_document_by_document(tmp_path, better, word):
     runs += [scores("local_attention", count=count)]
     (found,) = collecting.collect(write(tmp_path, *runs)).scores
     rows = {row["metric"]: row for row in comparing.judge_claim_2(found.rows, "matched")}
-    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(collecting.METRICS, word)
+    assert {metric: row["verdict"] for metric, row in rows.items()} == dict.fromkeys(collecting.METRIC_NAMES, word)
     ours, theirs = (np.array([d["rouge_l"] for d in one["documents"].values()]) for one in runs)
     assert rows["rouge_l"]["difference"] == pytest.approx((ours - theirs).mean())
     assert rows["rouge_l"]["low"] < rows["rouge_l"]["difference"] < rows["rouge_l"]["high"]
     text = text_of(tmp_path)
-    for name in collecting.METRICS.values():
+    for name in collecting.METRIC_NAMES.values():
         assert f"- {name}: {word} at 0.5; 1 of 9 ratios measured" in text
 
 
@@ -395,14 +378,11 @@ def test_missing_continuations_are_listed(tmp_path):
     assert "### Claim 2\n\nNo continuations were scored." in text_of(tmp_path / "none", results())
 
 
-@pytest.mark.parametrize(
-    "name", ["documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model", "convention"]
-)
-def test_scores_of_other_documents_or_scorers_are_not_compared(tmp_path, name):
-    write(tmp_path, scores("kv_compression", better=0.05), scores("local_attention", **{name: None}))
-    found = collecting.collect(tmp_path).scores
-    assert [len(one.rows) for one in found] == [1, 1]
-    assert not any(comparing.judge_claim_2(one.rows, "matched") for one in found)
+def test_scores_of_other_documents_or_scorers_are_not_compared(tmp_path):
+    names = ("documents_sha256", "bertscore_model", "bertscore_layer", "fluency_model", "convention")
+    others = [scores("local_attention", **{name: None}) for name in names]
+    found = collecting.collect(write(tmp_path, scores("kv_compression", better=0.05), *others)).scores
+    assert [len(one.rows) for one in found] == [1] * 6
 
 
 def test_scores_know_the_run_beside_them_and_how_it_generated(tmp_path):
@@ -428,8 +408,10 @@ def test_scores_know_the_run_beside_them_and_how_it_generated(tmp_path):
 
 def test_methods_without_sentinels_compare_with_kv_compression_that_folds_what_it_generates_and_that_does_not(tmp_path):
     made = (("kv_compression", 0.2, False), ("kv_compression", 0.1, True), ("local_attention", 0, False))
-    pairs = [(scores(m, better=b), {"top_p": 0.9, "compress_generated": folds}) for m, b, folds in made]
-    sets = scored(tmp_path, *pairs)
+    for method, better, folds in made:
+        put(tmp_path / str(better) / "scores.json", scores(method, better=better))
+        put(tmp_path / str(better) / "generation.about.json", {"top_p": 0.9, "compress_generated": folds})
+    sets = collecting.collect(tmp_path).scores
     assert [list(one.rows.method) for one in sets] == [["kv_compression", "local_attention"]] * 2
     gains = [comparing.judge_claim_2(one.rows, "matched")[0]["difference"] for one in sets]
     assert gains == pytest.approx([0.2, 0.1], abs=0.02)
@@ -474,22 +456,29 @@ def test_verdicts_of_little_training_say_so(tmp_path, steps, targets, words):
 # The script
 
 
-def run_script(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "report.py"), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
-    )
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """Calls report.py in this process; returns its status, its output and its errors."""
+    return lambda *words: call_script(script.main, ["report.py", *map(str, words)], monkeypatch, capsys)
 
 
-def test_the_script_writes_everything_and_the_same_again(tmp_path):
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with everything that a report can have, in which report.py has written one; and what it printed."""
     runs = grid(seeds=(0, 1), protocols=("paper", "matched")) + [results(recent_tokens=12), scores("kv_compression")]
-    folder = write(tmp_path / "in", *runs, scores("local_attention"), scores("local_attention", 0.9))
-    done = run_script(folder)
+    folder = tmp_path_factory.mktemp("in")
+    write(folder, *runs, scores("local_attention"), scores("local_attention", 0.9))
+    done = subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (
-        f"93 runs in 1 group of equal settings, 3 scored files, 0 duplicate, 0 unreadable: {folder}/report.md\n"
-    )
+    return folder, done.stdout
+
+
+def test_the_script_writes_everything_and_the_same_again(reported, tmp_path):
+    folder, out = reported
+    found = "93 runs in 1 group of equal settings, 3 scored files, 0 duplicate, 0 unreadable"
+    assert out == f"{found}: {folder}/report.md\n"
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert str(tmp_path) not in text
+    assert str(folder) not in text
     pictures = sorted(folder.glob("*.png"))
     names = [*(f"report_1_{name}.png" for name in ("kept_keys", "measured", "nominal", "shape")), "report_scores_1.png"]
     assert [path.name for path in pictures] == names
@@ -499,62 +488,62 @@ def test_the_script_writes_everything_and_the_same_again(tmp_path):
         width, height = struct.unpack(">II", head[16:])
         assert 900 <= width <= 1500
         assert 500 <= height <= 1200
+        assert path.stat().st_size > 10_000
         assert f"({path.name})" in text
         assert path.with_suffix(".svg").read_text().startswith("<?xml")
+    assert ">KV compression, protocol paper</text>" in (folder / "report_1_kept_keys.svg").read_text()
     with open(folder / "report_runs.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 93
     assert text.index("## Verdicts") > text.index("### Missing runs")
     assert "- none" in text
 
-    def made(folder: Path) -> dict[str, bytes]:
-        files = (path for path in folder.iterdir() if path.is_file() and path.name != ownership.LIST)
-        return {path.name: path.read_bytes() for path in files}
-
-    writing.write(collecting.collect(folder), tmp_path / "out")
-    assert made(tmp_path / "out") == made(folder)
-
-
-def test_a_results_file_stands_for_its_folder_and_others_for_none(tmp_path):
-    folder = write(tmp_path / "in", results()) / "000"
-    done = run_script(folder / "results.json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(f": {folder}/report.md\n")
-    done = run_script(folder / "report.md")
-    assert done.returncode == 2
-    assert done.stderr == f"error: {folder}/report.md is a file: name the folder where results lie, at any depth\n"
+    writing.write(collecting.collect(folder), tmp_path)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ownership.LIST}
+    assert made == {name: (folder / name).read_bytes() for name in made}
+    assert {path.name for path in folder.glob("report*")} == made.keys()
 
 
 @pytest.mark.parametrize("name", ["report.md", "report_runs.csv", "report_1_measured.png"])
-def test_a_file_of_somebody_else_is_not_reported_over(tmp_path, name):
-    folder = write(tmp_path / "in", *grid())
-    (folder / name).write_text("years of work")
-    before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(UsageError, match=f"{name} is not what these scripts have written there.*--output_dir"):
-        writing.write(collecting.collect(folder), folder)
-    assert sorted(path.name for path in folder.iterdir()) == before
-    (folder / name).unlink()
-    for _ in range(2):
-        writing.write(collecting.collect(folder), folder)
-    (folder / name).write_text("edited")
-    done = run_script(folder)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert (folder / name).read_text() == "edited"
+def test_a_file_of_somebody_else_is_not_reported_over(reported, tmp_path, name, report):
+    folder, _ = reported
+    own = (folder / name).read_bytes()
+    before = sorted(folder.iterdir())
+    for place in (folder, tmp_path):
+        (place / name).write_text("years of work")
+        status, out, errors = report(folder, "--output_dir", place)
+        assert (status, out, len(errors)) == (2, [], 1)
+        assert f"{name} is not what these scripts have written there" in errors[0] and "--output_dir" in errors[0]
+        assert (place / name).read_text() == "years of work"
+    (folder / name).write_bytes(own)
+    assert sorted(folder.iterdir()) == before
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-@pytest.mark.parametrize("content", [None, b"{"])
-def test_nothing_to_report_is_one_line_and_exit_status_2(tmp_path, content):
+def test_a_results_file_stands_for_its_folder_and_others_for_none(tmp_path, report):
+    folder = write(tmp_path, results()) / "000"
+    for found in ("1 run", "2 runs"):  # the second report replaces the first
+        status, (line,), errors = report(folder / "results.json")
+        assert (status, errors) == (0, [])
+        assert line.startswith(f"{found} in 1 group") and line.endswith(f": {folder}/report.md")
+        put(folder / "more.json", results(seed=1))
+    assert "| 2 |" in (folder / "report.md").read_text(encoding="utf-8")
+    words = "error: {} is a file: name the folder where results lie, at any depth"
+    assert report(folder / "report.md") == (2, [], [words.format(folder / "report.md")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "status", "words"),
+    [
+        (["{tmp}"], None, 2, "no results"),
+        (["{tmp}"], "{", 2, "no results"),
+        (["{tmp}/nowhere"], None, 2, "no such folder"),
+        (["{tmp}", "--output_dir", "{tmp}/results.json/out"], json.dumps(results()), 1, "Not a directory"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(tmp_path, report, arguments, content, status, words):
     if content:
-        (tmp_path / "results.json").write_bytes(content)
-    done = run_script(tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "no results" in done.stderr
+        (tmp_path / "results.json").write_text(content)
+    found, out, errors = report(*(word.format(tmp=tmp_path) for word in arguments))
+    assert (found, out, len(errors)) == (status, [], 1)
+    assert words in errors[0]
     assert not (tmp_path / "report.md").exists()
-    with pytest.raises(UsageError, match="no such folder"):
-        collecting.collect(tmp_path / "nowhere")
-
-
-def test_a_folder_that_cannot_be_written_to_is_one_line_and_exit_status_1(tmp_path):
-    write(tmp_path, results())
-    (tmp_path / "file").write_text("")
-    done = run_script(tmp_path, "--output_dir", tmp_path / "file" / "out")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -71,11 +71,11 @@ def test_no_results(tmp_path):
 
 
 def test_summary_and_table_state_what_was_measured():
-    line = results.summary(RUN)
+    line = results.in_one_line(RUN)
     assert "\n" not in line
     for part in ("kv_compression at ratio 0.5", "12.35", "before fine-tuning 99.50", "removed 0.500", "embedded"):
         assert part in line
-    assert "without fine-tuning" in results.summary(RUN | {"eval_only": True})
+    assert "without fine-tuning" in results.in_one_line(RUN | {"eval_only": True})
     lines = results.table([RUN, RUN | {"method": "full_attention", "perplexity": None}]).splitlines()
     assert [line.split()[0] for line in lines] == ["method", "kv_compression", "full_attention"]
     assert lines[1].split() == ["kv_compression", "0.5", "0.500", "0.600", "12.35", "99.50", "61"]
@@ -87,4 +87,4 @@ def test_summary_and_table_state_what_was_measured():
     assert lines[0] == ["method", "ratio", "seed", "removed", "attended", "kept", "perplexity", "seconds"]
     assert lines[1] == ["kv_compression", "0.5", "0", "0.500", "0.600", "64.0", "12.35", "61"]
     assert lines[2][:3] == ["kv_compression,", "recipe", "best"]
-    assert "before fine-tuning" not in results.summary(several[0])
+    assert "before fine-tuning" not in results.in_one_line(several[0])

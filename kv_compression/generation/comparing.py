@@ -31,7 +31,7 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean of one value a document, with the interval that resampling documents gives."""
+    """The mean over documents of one value per document, with the interval that resampling documents gives."""
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan)
@@ -55,12 +55,12 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], seed: int = 
 
 
 def least_p_value(documents: int) -> float:
-    """The smallest `paired_p_value` of so many documents: where all differences have one sign."""
+    """The smallest `paired_p_value` that this many documents can have: all differences have one sign."""
     return min(2.0 ** (1 - documents), 1.0)
 
 
 def comparisons(scored: dict[Path, dict]) -> list[str]:
-    """For every two methods at one ratio on the same documents: the differences of means and their p-values, a line.
+    """One line for every two methods at one ratio on the same documents: the differences of means, and their p-values.
 
     Methods are not compared on fewer than `FEWEST_DOCUMENTS`; a last line says so.
     """
@@ -73,7 +73,7 @@ def comparisons(scored: dict[Path, dict]) -> list[str]:
             too_few = max(too_few, common)
             continue
         ratio = max(scores.get("bound_ratio") or 0 for scores in (one, other))
-        lines.append(f"{names[path]} − {names[other_path]} at {ratio}: {', '.join(differences(one, other))}")
+        lines.append(f"{names[path]} − {names[other_path]} at {ratio}: {', '.join(differences_of_means(one, other))}")
     if too_few:
         least = f"{least_p_value(too_few):g}"
         lines.append(f"differences are not tested: with {too_few} documents no p-value can fall below {least}")
@@ -92,7 +92,7 @@ def are_comparable(one: dict, other: dict) -> bool:
     return all(one.get(name) == other.get(name) for name in same)
 
 
-def differences(one: dict, other: dict) -> list[str]:
+def differences_of_means(one: dict, other: dict) -> list[str]:
     """The difference of each metric's means over the documents that both files score, with its p-value."""
     parts = []
     for metric in METRICS:
@@ -123,7 +123,7 @@ def names_of(scored: dict[Path, dict]) -> dict[Path, str]:
 
 
 def row(path: Path, scores: dict) -> dict:
-    """A file's line of the table, all its numbers by column."""
+    """A file's row of the table: all its numbers by column."""
     line = {name: scores.get(name) for name in ("method", "bound_ratio", "num_documents", "cache_fraction")}
     for metric in METRICS:
         for name, value in scores[metric].items():

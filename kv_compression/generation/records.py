@@ -153,10 +153,10 @@ def _end_last_line(path: Path) -> None:
 
 
 def append(path: Path, records: Iterable[dict]) -> None:
-    """Append records, a line each, and flush them to the disk.
+    """Append records, one per line, and flush them to the disk.
 
-    What the file holds then is listed as ours, unless somebody has changed what it held before; a record at a time, so
-    that a kill between any two leaves a file that is listed.
+    The file's new content is listed as ours, unless somebody has changed the file. This is done record by record, so
+    that a kill between two of them leaves a file that is listed.
     """
     for line in [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records] or [b""]:
         _try(path, partial(_append_line, path, line))

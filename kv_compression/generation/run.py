@@ -59,7 +59,7 @@ def generate(request: GenerationRequest) -> str:
             tokens += sum(record["new_tokens"] for record in found)
             bar.update(len(found))
             bar.set_postfix(tokens_per_s=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}")
-    line = processes.on_main(summary, request, work)
+    line = processes.on_main(line_on_file, request, work)
     state.destroy_process_group()
     return line
 
@@ -186,18 +186,18 @@ def describe(request: GenerationRequest, work: Work) -> dict:
     }
 
 
-def summary(request: GenerationRequest, work: Work) -> str:
+def line_on_file(request: GenerationRequest, work: Work) -> str:
     """One line on a finished generation file."""
     few = few_documents(request, work.documents)
     held = records.kept_fraction(records.read(request.path)[0])
     return (
         f"{work.settings.method} at ratio {work.settings.bound_ratio}: {len(work.documents)} documents{few}, "
-        f"{request.num_continuations} continuations each, in {request.path}; the cache held {held:.3f} keys a prefix "
-        "token"
+        f"{request.num_continuations} continuations each, in {request.path}; the cache held {held:.3f} keys per "
+        "prefix token"
     )
 
 
-SHOWN: fields.Fields = {  # what the table needs of a scores.json, besides the scores
+OF_THE_TABLE: fields.Fields = {  # what the table needs of a scores.json, besides the scores
     "skipped": fields.is_counts,
     "num_documents": fields.is_count,
     "cache_fraction": fields.is_measured,
@@ -256,9 +256,9 @@ def read_scores(path: Path) -> dict | None:
     """The scores in a scores.json, None if there are none that can be read."""
     try:
         content = strict_json.read(path)
-        if not fields.has_all(content, fields.OF_SCORES | SHOWN):
+        if not fields.has_all(content, fields.OF_SCORES | OF_THE_TABLE):
             return None
-        fields.check(content, fields.OF_SCORES | SHOWN, fields.OF_A_GENERATION)
+        fields.check(content, fields.OF_SCORES | OF_THE_TABLE, fields.OF_A_GENERATION)
     except (OSError, ValueError):
         return None
     return content

@@ -22,7 +22,7 @@ from kv_compression.model.reading import as_batch, prefill
 from kv_compression.spans.plan import SpanPlan
 
 CHECK_EVERY = 8  # steps between checks whether all continuations have their words
-TOKENS_PER_WORD = 4  # sampling stops after this many tokens a wanted word: ordinary text takes about 1.3
+TOKENS_PER_WORD = 4  # sampling stops after this many tokens per wanted word: ordinary text takes about 1.3
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def continue_documents(
     plan: SpanPlan,
     sampler: Sampler,
 ) -> Iterator[dict]:
-    """Continue a batch of documents, read as `rows` (their `prefix_ids`), with a patched model; one record a document.
+    """One record per document of a batch that a patched model continues; `rows` are the documents' `prefix_ids`.
 
     A record holds `index`, `prefix`, `reference`, `continuations` (texts; `short_continuations` counts those with too
     few words), `prefix_tokens`, the `cache_length` (keys) and `cache_bytes` that the prefix takes after it is read,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kv_compression.data.embedded import embedded_encoder, embedded_model
+from kv_compression.data import embedded
 from kv_compression.settings import EMBEDDED
 
 # How texts become scores. Scores of another convention are computed again, and compared with no others.
@@ -44,6 +44,6 @@ def load_scorers(models: ScorerModels) -> tuple:
     from kv_compression.io import processes
 
     device = processes.state().device
-    encoder = embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
-    language_model = embedded_model() if models.fluency == EMBEDDED else models.fluency
+    encoder = embedded.embedded_encoder() if models.bertscore == EMBEDDED else models.bertscore
+    language_model = embedded.embedded_model() if models.fluency == EMBEDDED else models.fluency
     return scoring.BertScorer(encoder, models.layer, device), scoring.Fluency(language_model, device)

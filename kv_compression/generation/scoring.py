@@ -61,7 +61,7 @@ class BertScorer:
             self.scorer = bert_score.BERTScorer(
                 model_type=model, num_layers=layer, batch_size=batch_size, device=str(device), use_fast_tokenizer=True
             )
-        except Exception as error:  # loaders raise whatever their parsers do
+        except Exception as error:  # loaders pass on any error of their parsers
             if isinstance(error, AssertionError) and "num_layers" in str(error):
                 raise UsageError(f"--bertscore_layer {layer}: {one_line(error)}") from error
             raise RunError(f"the BERTScore model {model} could not be loaded ({one_line(error)})") from error
@@ -103,7 +103,7 @@ class Fluency:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 model, dtype=torch.float32, trust_remote_code=False
             )
-        except Exception as error:  # loaders raise whatever their parsers do
+        except Exception as error:  # loaders pass on any error of their parsers
             raise RunError(f"the fluency model {model} could not be loaded ({one_line(error)})") from error
         self.model.to(device).eval()
         self.device, self.batch_size = device, batch_size
@@ -137,7 +137,7 @@ class Fluency:
         return scores
 
 
-class Scores(NamedTuple):
+class ScoresOfText(NamedTuple):
     """One continuation's scores; `loss` is in nats, over `count` predicted tokens."""
 
     rouge_l: float
@@ -191,9 +191,9 @@ def score_records(records: Sequence[dict], bert: BertScorer, fluency: Fluency) -
     return {"documents": documents, "skipped": skipped, "perplexity_token_weighted": weighted}
 
 
-def _score(bert: BertScorer, fluency: Fluency, pairs: Sequence[list[tuple[str, str]]]) -> list[list[Scores]]:
+def _score(bert: BertScorer, fluency: Fluency, pairs: Sequence[list[tuple[str, str]]]) -> list[list[ScoresOfText]]:
     """The scores of every document's continuations, from its `(reference, continuation)` pairs."""
     references, texts = ([pair[part] for own in pairs for pair in own] for part in (0, 1))
     rows = zip(rouge_l(references, texts), bert(references, texts) if texts else [], fluency(texts))
-    scores = iter([Scores(rouge, f1, loss, count) for rouge, f1, (loss, count) in rows])
+    scores = iter([ScoresOfText(rouge, f1, loss, count) for rouge, f1, (loss, count) in rows])
     return [list(itertools.islice(scores, len(own))) for own in pairs]

@@ -22,7 +22,7 @@ _FORMAT = regex.compile(r"[\p{Cf}--\u200B]", regex.VERSION1)
 
 
 def folded_runs(text: str) -> list[str]:
-    """The runs of a text, whatever its case, its Unicode form (NFC, NFD) and its joiners.
+    """The runs of a text, alike for every case, Unicode form (NFC, NFD) and joiner.
 
     Accents and vowel points count. For ASCII text these are rouge_score's tokens. (This project.)
     """

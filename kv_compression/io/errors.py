@@ -22,7 +22,7 @@ NO_PROGRESS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DAT
 # and training is many times slower. Passive threads sleep, which costs an idle machine a few percent (see
 # docs/operations.md).
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-SETS_THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_", "KMP_")  # whoever sets one of these has chosen
+SETS_THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_", "KMP_")  # a user who sets one of these has chosen
 ROOT = Path(__file__).resolve().parents[2]
 LAST_WORDS = 10.0  # seconds that a process waits for another to say why both end
 
@@ -40,15 +40,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-LONGEST = 2000  # characters of a line
+LONGEST_LINE = 2000  # characters of a line
 
 
 def printable(text: str) -> str:
-    """Text, which may come from a file, as one line for a terminal: no control characters, at most `LONGEST`."""
+    """Text, which may come from a file, as one line for a terminal: no control characters, at most `LONGEST_LINE`."""
     if not text.isprintable():
         text = "".join(letter if letter.isprintable() else " " for letter in text)
     line = " ".join(text.split())
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …"
 
 
 class UsageError(ValueError):

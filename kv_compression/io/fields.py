@@ -59,7 +59,7 @@ def is_measured(value) -> bool:
 
 
 def is_estimate(value) -> bool:
-    """Whether this is a mean with its interval, or the same of nulls."""
+    """Whether this is a mean with its interval, or all three are null."""
     if not is_object(value) or value.keys() != {"mean", "low", "high"}:
         return False
     return all(map(is_number, value.values())) or all(part is None for part in value.values())
@@ -112,7 +112,7 @@ OF_RECALL: Fields = {"about": is_about_recall, "rows": is_recall}
 
 
 def has_all(content, fields: Fields) -> bool:
-    """Whether this is an object that has these fields, whatever they hold."""
+    """Whether this is an object that has these fields, with any values."""
     return is_object(content) and all(name in content for name in fields)
 
 

@@ -69,7 +69,7 @@ def destination(asked: str, folder: Path) -> str:
     except LocalTokenNotFoundError as error:
         raise RunError("--push_to_hub needs a token: log in with hf auth login, or set HF_TOKEN") from error
     except Exception as error:
-        raise RunError(f"--push_to_hub: the Hugging Face hub does not know who asks ({one_line(error)})") from error
+        raise RunError(f"--push_to_hub: the Hugging Face hub did not confirm the token ({one_line(error)})") from error
     if role == "read":
         raise RunError(f"--push_to_hub: the token of {owner} may only read: take one that may write")
     return name if "/" in name else f"{owner}/{name}"

@@ -19,9 +19,9 @@ from kv_compression.io import strict_json
 from kv_compression.io.errors import UsageError
 
 LIST = ".kv_compression_files.jsonl"  # one line per file: its path in the folder, and what it holds
-LONGEST = 1 << 16  # bytes of a list that is rewritten before it grows on
+LONGEST_LIST = 1 << 16  # bytes: a longer list is shortened before anything is added
 # What the list says of a file that is not "sha256:…":
-ANYTHING = "anything"  # ours whatever it holds: its name is random, or it may be damaged
+ANYTHING = "anything"  # ours with any content: its name is random, or it may be damaged
 LOG = "log"  # a file that grows: it is appended to, and removed only if it holds what is listed
 GONE = "gone"  # it was removed: a file that is there now is somebody else's
 PARTIAL = ".partial"  # the ending of a file that is being written, or whose writer was killed
@@ -122,7 +122,7 @@ def announce(folder: Path, files: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = b"".join(_line(name, holds) for name, holds in files.items())
     with suppress(FileNotFoundError):
-        if (folder / LIST).stat().st_size > LONGEST:
+        if (folder / LIST).stat().st_size > LONGEST_LIST:
             write_whole(folder / LIST, b"".join(_what_counts(folder)))
     with (folder / LIST).open("a+b") as file:
         if file.seek(0, os.SEEK_END):

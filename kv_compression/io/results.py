@@ -111,7 +111,7 @@ def is_untrained(results: dict) -> bool:
     return bool(results.get("eval_only")) and not results["settings"].get("model_dir")
 
 
-def summary(results: dict) -> str:
+def in_one_line(results: dict) -> str:
     """A run in one line: what was measured, then how."""
     trained = "" if _untrained(results) is None else f" (before fine-tuning {figure(_untrained(results))})"
     trained = " (without fine-tuning)" if is_untrained(results) else trained
@@ -145,7 +145,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def table(runs: list[dict]) -> str:
-    """Runs as a text table, a line each, without columns that say nothing here."""
+    """Runs as a text table, one per line, without columns that say nothing here."""
     shown = {name: [show(run) for run in runs] for name, show in COLUMNS.items()}
     alike = {name for name, cells in shown.items() if len(set(cells)) == 1}
     idle = alike & {"protocol", "seed"} | {name for name in alike & {"kept", "untrained"} if shown[name][0] == "-"}

@@ -116,5 +116,5 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # whoever waits for it opens a new one and checks again
+            path.unlink()  # a process that waits for it opens a new one and checks again
         lock.release()

@@ -247,5 +247,7 @@ def _is_answer(line) -> bool:
     """Whether this is a line that `ask` has made."""
     if not fields.is_object(line) or not fields.is_name(line.get("task")) or line["task"] not in TASKS:
         return False
+    if not fields.is_ratio(line.get("ratio")) or not fields.is_count(line.get("length")) or not line["length"]:
+        return False
     needed = {*OF_A_LINE, *(OF_MANY if line["task"] == "ask_many" else OF_ONE)}
     return all(isinstance(line.get(name), bool) or fields.number(line.get(name)) is not None for name in needed)

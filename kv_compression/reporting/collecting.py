@@ -1,6 +1,6 @@
 """The results and scores below a folder: found, read with care, and sorted into what may be compared.
 
-A run is a row of its group's table, a scored file a row of its set's. Runs are compared within a group of equal
+A run is a row of its group's table; a scored file is a row of its set's. Runs are compared within a group of equal
 settings only, scores within a set of the same documents, scorers and generation only.
 """
 
@@ -30,14 +30,14 @@ BASELINES = (*CLAIMED, *(name for name in METHODS if name not in (FULL, KV, *CLA
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 GRID = tuple(tenths / 10 for tenths in range(1, 10))
 PROTOCOLS = {"paper": "nominal", "matched": "matched"}  # and the name of a comparison within each
-METRICS = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
+METRIC_NAMES = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "perplexity": "perplexity"}
 OF_A_MEASUREMENT = (
     *("perplexity", "nll", "nll_per_token", "nll_per_batch", "num_targets", "num_blocks", "removed_fraction"),
     *("attended_fraction", "kept_keys_mean", "kept_keys_max", "tokens_per_second", "wall_seconds"),
 )
 
 UNTUNED = "not fine-tuned"
-SPACY_MODEL = "en_core_web_sm"  # the usual parser, whoever packaged it
+SPACY_MODEL = "en_core_web_sm"  # the usual parser, in any package
 # Variants' settings that a sweep may give to all methods: then they make groups. With their defaults.
 OF_A_SWEEP = {name: getattr(Settings, name) for name in sorted({*LABELS} - {*OPTIONS_OF_METHODS})}
 PLAIN_SWEEP = json.dumps(OF_A_SWEEP)
@@ -79,8 +79,8 @@ class Group:
 
 
 @dataclass
-class Scores:
-    """Scored files that may be compared: how all of them were `made`, the number of their group of runs, a row each."""
+class ScoredSet:
+    """Scored files that may be compared, one per row: how they were `made`, and the number of their `group` of runs."""
 
     made: dict
     group: int | None
@@ -98,16 +98,16 @@ class Recall:
 
 @dataclass
 class Found:
-    """Everything that a folder holds, each thing once."""
+    """Everything that a folder holds; duplicates are set apart."""
 
     groups: list[Group] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)
+    scores: list[ScoredSet] = field(default_factory=list)
     recalls: list[Recall] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and reason
     duplicates: list[tuple[str, str]] = field(default_factory=list)  # path and the file that is used
     unscored: list[str] = field(default_factory=list)  # continuations without scores beside them
 
-    def summary(self) -> str:
+    def tally(self) -> str:
         """What was found, in one line."""
         runs = sum(len(group.runs) for group in self.groups)
         scored = len({path for scores in self.scores for path in scores.rows.path})
@@ -161,7 +161,7 @@ def collect(folder: Path) -> Found:
 
 
 def _shown(path: Path) -> str:
-    """A path as text, whatever bytes its names hold."""
+    """A path as text; bytes that are no UTF-8 are escaped."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
@@ -188,8 +188,8 @@ def _read(path: Path) -> dict:
 def _add_runs(found: Found, contents: dict[str, dict]) -> dict[str, tuple[int, dict]]:
     """Sort runs into groups; returns by path the number of every run's group and its row, also for duplicates.
 
-    A run of KV compression joins the methods that a sweep gave the same settings. Without such methods it is a variant
-    beside those with other settings.
+    A run of KV compression joins the other methods of a sweep with the same settings. Where there are none it is a
+    variant beside methods with other settings.
     """
     given: dict[str, set[str]] = {}
     for content in contents.values():
@@ -225,7 +225,7 @@ def _shared(content: dict) -> str:
 
 
 def _of_its_sweep(content: dict) -> str:
-    """A run's settings of `OF_A_SWEEP`, as JSON. The protocol paper draws spans once, whatever the settings say."""
+    """A run's settings of `OF_A_SWEEP`, as JSON. The protocol paper always draws spans once."""
     found = {name: content["settings"].get(name) or plain for name, plain in OF_A_SWEEP.items()}
     return json.dumps(found | {"fixed_spans": content["protocol"] == "matched" and bool(found["fixed_spans"])})
 
@@ -274,7 +274,7 @@ def trained_blocks(content: dict) -> float:
 
 
 def _numbered(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with a number, for tables and plots, for each fine-tuned variant of KV compression at a ratio."""
+    """The runs, with a number for each fine-tuned variant of KV compression at a ratio, as tables and plots show it."""
     nats = runs.nats_matched.where(runs.protocol == "matched", runs.nats_paper)
     counted = runs[(runs.method == KV) & (runs.variant != "") & runs.fine_tuned & nats.notna()]
     return runs.assign(number=counted.groupby(["protocol", "variant", "ratio"]).ngroup() + 1)
@@ -325,7 +325,7 @@ def _add_scores(found: Found, contents: dict[str, dict], runs: dict[str, tuple[i
     for made, group, rows in sets.values():
         for way in sorted({row["folds"] for row in rows} - {None}) or [None]:
             alike = pd.DataFrame([row for row in rows if row["folds"] in (way, None)])
-            found.scores.append(Scores(made | {"folds": way}, group, alike))
+            found.scores.append(ScoredSet(made | {"folds": way}, group, alike))
 
 
 def _score(path: str, content: dict, runs: dict, folder: Path) -> tuple[dict, int | None, dict]:
@@ -344,15 +344,12 @@ def _score(path: str, content: dict, runs: dict, folder: Path) -> tuple[dict, in
     row = {"path": path, "method": content["method"], "variant": _variant_of_scores(content, run, about)}
     row |= {"ratio": content["bound_ratio"], "protocol": content["protocol"], "seed": run["seed"] if run else NO_SEED}
     row |= {"documents": len(content["documents"]), "cache_fraction": _float(content.get("cache_fraction"))}
-    for metric in METRICS:
+    for metric in METRIC_NAMES:
         values = content[metric]
         row |= {metric: _float(values["mean"])} | {f"{metric}_{end}": _float(values[end]) for end in ("low", "high")}
     folds = bool(about.get("compress_generated")) if uses_sentinels(content) else None
-    return (
-        made,
-        group,
-        row | {"sentinels": uses_sentinels(content), "folds": folds, "by_document": content["documents"]},
-    )
+    row |= {"sentinels": uses_sentinels(content), "folds": folds, "by_document": content["documents"]}
+    return made, group, row
 
 
 def _variant_of_scores(content: dict, run: dict | None, about: dict) -> str:
@@ -387,7 +384,8 @@ def of_protocol(rows: pd.DataFrame, protocol: str, first: str | None = None) -> 
 def points(group: Group, protocol: str, averaging: str | None = None) -> pd.DataFrame:
     """The runs of a protocol, one per method, variant, ratio and seed, with `nll` as `averaging` averages.
 
-    `averaging` is the protocol's own if not given; "matched" weights the protocol paper by tokens: such are `foreign`.
+    `averaging` is by default the protocol's own. With "matched", runs of the protocol paper are weighted by tokens, and
+    marked as `foreign`.
     """
     averaging = averaging or protocol
     found = of_protocol(group.runs.dropna(subset=f"nats_{averaging}"), protocol, averaging)

@@ -8,14 +8,13 @@ import pandas as pd
 from scipy import stats
 
 from kv_compression.generation.comparing import FEWEST_DOCUMENTS, bootstrap, paired_p_value
-from kv_compression.io.fields import number
 from kv_compression.reporting.collecting import (
     BASELINES,
     FULL,
     GRID,
     KV,
     METHODS,
-    METRICS,
+    METRIC_NAMES,
     NO_SEED,
     PROTOCOLS,
     SINK,
@@ -37,7 +36,7 @@ PAPER_BLOCKS, PAPER_TOKENS, LEAST = 28_000, 280_000, 0.01
 
 
 def caveat(runs: pd.DataFrame) -> str:
-    """A sentence where the least trained or least scored of these runs is a demonstration, else ""."""
+    """A sentence if the run with the least training or the fewest scored tokens is a demonstration, else ""."""
     blocks, tokens = runs.trained_blocks.min(), runs.num_targets.min()
     parts = []
     if blocks < LEAST * PAPER_BLOCKS:
@@ -80,15 +79,12 @@ def difference(kv: pd.Series, other: pd.Series) -> pd.Series:
 def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.DataFrame:
     """A method at a mean number of kept keys: `nll`, and the kept keys `below` and `above` it, by seed.
 
-    Of the `seeds`, those whose runs reach around `kept`. Linear between the two measured neighbours, which should be
-    neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
+    Only those of the `seeds` that have runs on both sides of `kept`. Linear between the two measured neighbours, which
+    should be neighbours on the grid: a seed with a wider gap there counts only if no seed has a narrower one.
     """
-    found = {}
-    curve = curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()]
-    for seed, *run in zip(curve.seed, curve.kept_keys_mean, curve.nll, curve.ratio):
-        found.setdefault(seed, []).append(run)
     rows = {}
-    for seed, runs in found.items():
+    for seed, own in curve[curve.seed.isin(list(seeds)) & curve.kept_keys_mean.notna()].groupby("seed"):
+        runs = list(zip(own.kept_keys_mean, own.nll, own.ratio))
         below = max((run for run in runs if run[0] <= kept), default=None)
         above = min((run for run in runs if run[0] >= kept), default=None)
         if below and above:
@@ -100,16 +96,17 @@ def at_kept_keys(curve: pd.DataFrame, kept: float, seeds: Iterable[int]) -> pd.D
 
 
 def interpolated(name: str, between: pd.DataFrame) -> dict:
-    """Columns on what was interpolated: the perplexity, and how far apart the neighbours are."""
+    """Columns for an interpolated curve: the perplexity, and the kept keys of its neighbours."""
     columns = {"perplexity": perplexity(between.nll).mean(), "kept_below": between.below.min()}
     columns["kept_above"] = between.above.max()
     return {f"{name}_{column}": value for column, value in columns.items()}
 
 
 def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
-    """Sink attention with each number of sinks at a mean number of kept keys, by variant, beside KV compression there.
+    """Sink attention beside KV compression at a mean number of kept keys, by variant (the number of sinks).
 
-    Of the variants whose runs reach around `kept`: what was interpolated, and KV compression's differences to it.
+    For the variants that have runs on both sides of `kept`: what was interpolated, and KV compression's differences to
+    it.
     """
     between = {variant: at_kept_keys(curve, kept, kv.index) for variant, curve in sinks.groupby("variant")}
     return {variant: (own, difference(kv, own.nll)) for variant, own in between.items() if len(own)}
@@ -117,17 +114,16 @@ def sinks_beside(sinks: pd.DataFrame, kept: float, kv: pd.Series) -> dict[str, t
 
 def average(found: pd.DataFrame) -> pd.DataFrame:
     """Of `points`, a row per method, variant and ratio: means over seeds, and the range of perplexity."""
-    by_point = found.groupby(["method", "variant", "ratio"])
-    rows = by_point[["number", "fine_tuned", "foreign"]].first().assign(seeds=by_point.size())
-    rows = rows.join(by_point[["removed_fraction", "attended_fraction", "kept_keys_mean"]].mean())
-    perplexities = by_point.perplexity
-    rows = rows.assign(kept_keys_max=by_point.kept_keys_max.max(), perplexity=perplexities.mean())
-    rows = rows.assign(perplexity_spread=perplexities.std(), lowest=perplexities.min(), highest=perplexities.max())
-    return rows.reset_index()
+    columns = {name: (name, "first") for name in ("number", "fine_tuned", "foreign")} | {"seeds": ("seed", "size")}
+    columns |= {name: (name, "mean") for name in ("removed_fraction", "attended_fraction", "kept_keys_mean")}
+    columns |= {"kept_keys_max": ("kept_keys_max", "max")}
+    over_seeds = {"perplexity": "mean", "perplexity_spread": "std", "lowest": "min", "highest": "max"}
+    columns |= {name: ("perplexity", function) for name, function in over_seeds.items()}
+    return found.groupby(["method", "variant", "ratio"]).agg(**columns).reset_index()
 
 
 def describe(group: Group, protocol: str) -> list[dict]:
-    """A row a point: its means over seeds, and its distance to full attention and to sinks of equal kept keys."""
+    """One row per point: its means over seeds, and its distance to full attention and to sinks of equal kept keys."""
     found = points(group, protocol)
     nats, untrained = by_point(found), by_point(found, "untrained")
     nothing = found[["nll"]].head(0).assign(below=math.nan, above=math.nan), NONE
@@ -151,7 +147,7 @@ def describe(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_claim_1(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline at every ratio that both have, one row each."""
+    """KV compression against every baseline at every ratio that both have, one row per comparison."""
     found = points(group, protocol)
     nats, removed = by_point(found), {key: own.mean() for key, own in by_point(found, "removed_fraction").items()}
     rows = []
@@ -165,7 +161,7 @@ def judge_claim_1(group: Group, protocol: str) -> list[dict]:
 
 
 def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
-    """KV compression against every baseline, interpolated to as many kept keys on average."""
+    """KV compression against every baseline, interpolated to the same mean number of kept keys."""
     found = points(group, protocol)
     nats = by_point(found)
     plain = found[found.variant == ""]
@@ -182,7 +178,7 @@ def judge_kept_keys(group: Group, protocol: str) -> list[dict]:
 
 
 def _judge(comparison: str, baseline: str, ratio: float, kv: pd.Series, others: pd.Series, columns: dict) -> list[dict]:
-    """The row of one comparison, with more `columns`; none if no seed is common."""
+    """The row of one comparison, with more `columns`; no row if they have no seed in common."""
     differences = difference(kv, others)
     if not len(differences):
         return []
@@ -204,7 +200,7 @@ def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
         for ratio in sorted(set(found.ratio)):
             kv, other = (found[(found.method == one) & (found.ratio == ratio)] for one in (KV, baseline))
             common = set(kv.seed) & set(other.seed)
-            for metric in METRICS:
+            for metric in METRIC_NAMES:
                 ours, theirs = (by_document(one[one.seed.isin(common)], metric) for one in (kv, other))
                 both = pd.DataFrame({"ours": ours, "theirs": theirs}).dropna()
                 if not len(both):
@@ -221,18 +217,13 @@ def judge_claim_2(scores: pd.DataFrame, protocol: str) -> list[dict]:
 
 
 def by_document(scores: pd.DataFrame, metric: str) -> pd.Series:
-    """One value a document: the mean over the files that scored it."""
-    values = [
-        (index, number(document.get(metric)))
-        for documents in scores.by_document
-        for index, document in documents.items()
-    ]
-    found = pd.Series([value for _, value in values], index=[index for index, _ in values], dtype=float)
-    return found.dropna().groupby(level=0).mean()
+    """One value per document: the mean over the files that scored it."""
+    found = pd.concat([pd.DataFrame.from_dict(scored, "index", dtype=float) for scored in scores.by_document] or [NONE])
+    return found.groupby(level=0)[metric].mean() if metric in found else NONE
 
 
 def missing(rows: pd.DataFrame) -> list[str]:
-    """What a grid of methods, ratios, seeds and protocols still lacks, of runs or of scored files: a line each."""
+    """What a grid of methods, ratios, seeds and protocols still lacks, of runs or of scored files, in lines of text."""
     plain = rows[rows.variant == ""]
     have = {
         protocol: set(zip(found.method, found.ratio, found.seed))
@@ -257,7 +248,7 @@ def missing(rows: pd.DataFrame) -> list[str]:
 
 
 def ranges(ratios: Iterable[float]) -> str:
-    """Ratios in a row, neighbours on the grid shortened: 0.1 – 0.4, 0.6."""
+    """Ratios as text, neighbours on the grid joined: 0.1 – 0.4, 0.6."""
     rows: list[list[float]] = []
     for ratio in sorted(ratios):
         if rows and round(ratio - rows[-1][-1], 6) == STEP:

@@ -16,15 +16,22 @@ from PIL import Image
 from kv_compression.io.results import write_bytes
 
 DPI = 150
-WIDTH, HEIGHT, LEGEND_ROW = 9.0, 3.8, 0.24  # inches, of the figure, of the panels and of a line of the legend
+WIDTH, HEIGHT, LEGEND_ROW = 9.0, 3.8, 0.24  # inches: the figure, the panels, a line of the legend
 GREY = "#7F7F7F"
-LARGEST = 1e30  # no axis shows more
-NARROW, WIDENED = 1.5, 1.5  # a log axis whose values span less gets so much room on both sides
+LARGEST = 1e30  # larger values are not drawn
+NARROW, WIDENED = 1.5, 1.5  # a log axis that spans a smaller factor is widened by this one on both sides
 ENDS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10)  # × a power of ten: the first and the last tick of a log axis
-APART = 0.09  # of an axis's length, between its first or last tick and the next
-ROOM, ROOM_FOR_NAMES = 0.02, 0.1  # of it, outside those two; the latter where names stand below points
-NEAR = (28, 17)  # pixels across and up, around a name; names of points that are no further apart are written as one
-SIDES = ((-1, -1), (0, -1), (1, -1), (-1, 1), (0, 1), (1, 1))  # of a point, for its name; the first with most room
+APART = 0.09  # least share of an axis between its first or last tick and the next
+ROOM, ROOM_FOR_NAMES = 0.02, 0.1  # the share outside these two; more where names stand below points
+NEAR = (28, 17)  # pixels across and up, around a name; names of points nearer than this are written as one
+SIDES = (
+    (-1, -1),
+    (0, -1),
+    (1, -1),
+    (-1, 1),
+    (0, 1),
+    (1, 1),
+)  # of a point, where its name may stand: the first with most room
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def draw(path: Path, picture: Picture) -> None:
     all_axes = figure.subplots(*grid, squeeze=False, sharey=picture.share_y, sharex=picture.stacked).flatten()
     entries = {}
     for axes, panel in zip(all_axes, panels):
-        draw_panel(axes, panel, panels if picture.share_y else (panel,))
+        draw_panel(axes, panel, panels if picture.share_y else ())
         for handle, label in zip(*axes.get_legend_handles_labels()):
             entries.setdefault(label, handle)
     if entries:
@@ -110,7 +117,7 @@ def draw(path: Path, picture: Picture) -> None:
 
 
 def drawable(panel: Panel) -> Panel:
-    """The panel without what no axis can show: a run that went wrong leaves the others readable."""
+    """The panel without points that no axis can show, so that one failed run leaves the others readable."""
 
     def can_be_drawn(point: tuple) -> bool:
         in_range = all(abs(value) < LARGEST for value in point)
@@ -182,7 +189,7 @@ def _set_scales(axes, panel: Panel, beside: Sequence[Panel]) -> None:
 
 
 def write_names(axes, curve: Curve, marks: Sequence[tuple[float, float]]) -> None:
-    """Write a curve's names at its points, where other `marks` leave most room; those of near points as one, below."""
+    """Write a curve's names beside its points, where `marks` leave most room, or below several that are near."""
     near: list[list[tuple]] = []
     for name, (x, y, *_) in zip(curve.names, curve.points):
         place = axes.transData.transform((x, y))

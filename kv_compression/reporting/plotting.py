@@ -1,6 +1,6 @@
 """The report's plots: which curves stand in which picture. Colour-blind readers can tell the colours apart.
 
-Curves are rows of `comparing.average`, one a method, variant and ratio; the published figures stand beside them.
+Curves are rows of `comparing.average`, one per method, variant and ratio; the published figures stand beside them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ VARIANTS = "variants of KV compression"
 PERPLEXITY, ASKED = "test perplexity (log scale)", "compression ratio asked for"
 RATIOS = {tenths / 10: f"{tenths / 10:g}" for tenths in range(10)}
 SHARES = {tenths / 10: f"{tenths / 10:g}" for tenths in range(0, 11, 2)}
-SCORES = {"rouge_l": "ROUGE-L F1", "bertscore": "BERTScore F1", "perplexity": "perplexity\n(log scale)"}
+AXES_OF_SCORES = {"rouge_l": "ROUGE-L F1", "bertscore": "BERTScore F1", "perplexity": "perplexity\n(log scale)"}
 
 
 def nominal(rows: pd.DataFrame, model: str, same_model: bool) -> Picture:
@@ -76,7 +76,7 @@ def kept_keys(rows: pd.DataFrame) -> Picture:
 
 
 def one_ratio(runs: Sequence[tuple[str, str, float]]) -> Picture:
-    """Test perplexity of methods side by side: of `(method, name, perplexity)` of one run each, variants by a star."""
+    """Test perplexity of methods side by side, one `(method, name, perplexity)` per run; variants are stars."""
     curves, ticks = [], {}
     for method, name, value in sorted(runs, key=lambda run: run[2]):
         if method == FULL:
@@ -93,7 +93,7 @@ def one_ratio(runs: Sequence[tuple[str, str, float]]) -> Picture:
 def scores(rows: pd.DataFrame) -> Picture:
     """Claim 2's three scores against the ratio asked for: at each ratio methods, and their seeds, side by side.
 
-    Rows are those of `collecting.Scores`, in the order in which they stand side by side.
+    Rows are those of `collecting.ScoredSet`, in the order in which they stand side by side.
     """
     rows = rows.reset_index(drop=True)
     rows = rows.assign(hollow=rows.sentinels & (rows.protocol == "paper"), varied=rows.variant != "")
@@ -106,8 +106,8 @@ def scores(rows: pd.DataFrame) -> Picture:
     total = max(sum(widths), 1) + gap * (len(kinds) - 1)
     step = min(0.84 / total, 0.12)
     size = 6 if step * WIDTH / max(len(ratios), 1) > 0.1 else 3.5
-    curves = {metric: [] for metric in SCORES}
-    for metric in SCORES if len(full) else ():
+    curves = {metric: [] for metric in AXES_OF_SCORES}
+    for metric in AXES_OF_SCORES if len(full) else ():
         level = _score_points(full.assign(place=0.0), metric).mean()
         curves[metric] += [_of_method(FULL, label(FULL), [tuple(level)])] if level.notna().all() else []
     column = (1 - total) / 2
@@ -116,7 +116,7 @@ def scores(rows: pd.DataFrame) -> Picture:
         beside = column + (width - there.path.transform("size")) / 2 + there.cumcount()
         own = own.assign(place=own.ratio.map(ratios.index) + step * beside)
         column += width + gap
-        for metric in SCORES:
+        for metric in AXES_OF_SCORES:
             name = (VARIANTS if varied else label(method)) + ", protocol paper" * hollow
             points = [tuple(point) for point in _score_points(own, metric).to_numpy()]
             curve = _of_method(method, name, points, "", filled=not hollow, size=size)
@@ -124,7 +124,7 @@ def scores(rows: pd.DataFrame) -> Picture:
     ticks = {place: f"{ratio:g}" for place, ratio in enumerate(ratios)}
     panels = [
         Panel(words, curves[metric], x_ticks=ticks, rooms=True, log_y=metric == "perplexity")
-        for metric, words in SCORES.items()
+        for metric, words in AXES_OF_SCORES.items()
     ]
     panels[-1] = replace(panels[-1], x_label=ASKED)
     return Picture(panels, "bars: 95% bootstrap interval over documents, a bar a file", stacked=True)
@@ -153,13 +153,13 @@ def _curves(rows: pd.DataFrame, x: str) -> list[Curve]:
 
 
 def _from_full(curves: Sequence[Curve]) -> list[Curve]:
-    """The curves, all beginning where full attention is, which is every method at ratio 0."""
+    """The curves, all starting at full attention, which every method is at ratio 0."""
     start = next((curve.points[0][:2] for curve in curves if curve.level and curve.points), None)
     return [curve if curve.level else replace(curve, start=start) for curve in curves]
 
 
 def _of_method(method: str, name: str, points: Sequence[tuple], line: str = "-", **changes) -> Curve:
-    """A curve in the look that a method has in every plot."""
+    """A curve in the method's colour and with its marker."""
     rule = METHODS.get(method)
     colour, marker = (rule.colour, rule.marker) if rule else (GREY, "o")
     return Curve(name, points, colour, marker, line, level=method == FULL, **changes)
@@ -176,6 +176,6 @@ def _published(figures: Callable[[str, str], dict[float, float]]) -> list[Curve]
 
 
 def _bars(curves: Iterable[Curve]) -> str:
-    """What the bars are, where there are any."""
+    """What the error bars mean, "" if there are none."""
     several = any(low < high for curve in curves for _, _, low, high in curve.points)
     return "bars: lowest to highest seed" if several else ""

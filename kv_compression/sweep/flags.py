@@ -17,9 +17,8 @@ RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SET_BY_SWEEP = ("method", "bound_ratio", "seed", "protocol", "output_dir", "eval_only", "push_to_hub", "hub_private")
 FILES = ("train_file", "validation_file", "test_file")
 # Flags of generate_c4.py by the names that they have here.
-OF_CLAIM_2 = {"docs_file": "docs_file", "num_documents": "num_documents", "num_continuations": "num_continuations"}
-OF_CLAIM_2 |= {"batch_size": "generation_batch_size", "prefix_words": "prefix_words"}
-OF_CLAIM_2 |= {"continuation_words": "continuation_words", "compress_generated": "compress_generated"}
+OF_CLAIM_2 = ("docs_file", "num_documents", "num_continuations", "prefix_words", "continuation_words")
+OF_CLAIM_2 = {name: name for name in (*OF_CLAIM_2, "compress_generated")} | {"batch_size": "generation_batch_size"}
 
 
 def parse(description: str) -> tuple[argparse.Namespace, dict]:
@@ -130,7 +129,7 @@ def _for_runs(flags: list[str], own: Iterable[str]) -> dict:
 
 
 def _check(flags: argparse.Namespace, given: dict) -> None:
-    """Raise UsageError for what no run can have."""
+    """Raise UsageError for values that no run can have."""
     for name, known in (("methods", NAMES), ("protocols", ("paper", "matched"))):
         for value in getattr(flags, name):
             if value not in known:

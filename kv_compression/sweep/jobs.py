@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each run's commands, how to tell that their work is done, and doing what is missing."""
+"""The jobs of a sweep: each run's commands, how to tell what is done, and running what is missing."""
 
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A run, and what claim 2 makes of it."""
+    """The folder of a run, and the steps of claim 1 and claim 2 there."""
 
     folder: Path
     steps: Sequence[Step]
@@ -51,11 +51,6 @@ class Job(NamedTuple):
     def missing(self) -> list[list[str]]:
         """The commands whose work is not done. Raises what `Step.done` raises."""
         return [step.command for step in self.steps if not step.done()]
-
-    def task(self, commands: list[list[str]]) -> Task:
-        """These commands as a task for `Workers`."""
-        log = self.folder.parent / LOGS / f"{self.name}.log"
-        return Task(self.name, commands, self.folder / run_folder.LOCK, log)
 
 
 def fine_tuning(settings: Settings, flags: Sequence[str], any_of: Sequence[str]) -> Step:
@@ -168,11 +163,12 @@ def tasks(jobs: Sequence[Job], failed: dict[str, str]) -> Iterator[Task]:
     """What is missing of each job, checked when the task is asked for; jobs that cannot be checked go to `failed`."""
     for job in jobs:
         if commands := _missing(job, failed):
-            yield job.task(commands)
+            log = job.folder.parent / LOGS / f"{job.name}.log"
+            yield Task(job.name, commands, job.folder / run_folder.LOCK, log)
 
 
 def run_missing(jobs: Sequence[Job], workers: Workers) -> dict[str, str]:
-    """Do what is missing; returns why what is still missing failed, by job."""
+    """Run what is missing; returns why jobs failed that are still not finished, by job."""
     failed: dict[str, str] = {}
     started, count = set(), len(list(tasks(jobs, {})))
 
@@ -202,7 +198,7 @@ def is_finished(job: Job) -> bool:
 
 
 def print_commands(jobs: Sequence[Job]) -> dict[str, str]:
-    """Print a shell line for each job that is neither finished nor under way; returns what failed as `run_missing`."""
+    """Print a shell line for each job that is neither finished nor under way; returns failures as `run_missing`."""
     failed: dict[str, str] = {}
     for task in tasks(jobs, failed):
         if not is_locked(task.lock):
@@ -219,7 +215,7 @@ def _missing(job: Job, failed: dict[str, str]) -> list[list[str]]:
         return []
 
 
-def summary(jobs: Sequence[Job], folder: Path) -> str:
+def what_is_finished(jobs: Sequence[Job], folder: Path) -> str:
     """How many runs are finished, their table, and the command for the report."""
     done = sum(map(is_finished, jobs))
     lines = [f"{'all' if done == len(jobs) else f'{done} of'} {len(jobs)} runs are finished, in {folder}"]

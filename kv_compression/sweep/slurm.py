@@ -48,7 +48,7 @@ class OnNode:
 
 
 def submit(tasks: Iterable[Task], folder: Path, options: dict) -> None:
-    """Submit the tasks that are not in slurm's queue as one job array, and print each run's job.
+    """Submit the tasks that are not in slurm's queue as one job array, and print the job of each run.
 
     `options` are sbatch's, by name with underscores. RunError if submitit is not installed or slurm refuses.
     """
@@ -76,7 +76,7 @@ def submit(tasks: Iterable[Task], folder: Path, options: dict) -> None:
 
 
 def _executor(folder: Path, options: dict):
-    """submitit's executor for these options. Those that it has no name for go to sbatch as they are."""
+    """submitit's executor for these options. Options that it does not know go to sbatch unchanged."""
     submitit = _import_submitit()
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
@@ -114,12 +114,9 @@ def _import_submitit():
 def _read(path: Path) -> dict[str, str]:
     """The job ids that earlier calls have written, by the name of the run; none if there is no such file."""
     try:
-        found = strict_json.read(path)
-    except (OSError, ValueError):
+        return {name: number for name, number in strict_json.read(path).items() if isinstance(number, str)}
+    except (OSError, ValueError, AttributeError):  # the last where it holds no object
         return {}
-    return (
-        {name: number for name, number in found.items() if isinstance(number, str)} if isinstance(found, dict) else {}
-    )
 
 
 def _queued() -> set[str]:

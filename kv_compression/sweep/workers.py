@@ -1,6 +1,6 @@
 """Commands in processes of this machine: one task after another, or several at a time.
 
-Plain subprocesses, not submitit's local executor: that one kills a job a second after Ctrl-C, before a checkpoint is
+Plain subprocesses, not submitit's local executor: it kills a job one second after Ctrl-C, before a checkpoint is
 written, starts all jobs at once, hides the GPUs by default and puts a time limit on every job.
 """
 
@@ -53,7 +53,7 @@ class Workers:
         self.children: dict[int, subprocess.Popen] = {}
 
     def run(self, tasks: Iterable[Task]) -> dict[str, RunError]:
-        """Carry out the tasks; returns why the ones that failed did, by name.
+        """Carry out the tasks; returns the errors of those that failed, by name.
 
         A task is asked for when there is room for it. Any other exception (KeyboardInterrupt, an OSError where a log
         cannot be written) stops all that is running.
