@@ -45,7 +45,10 @@ def half_written(folder: Path) -> set[str]:
 
 
 def names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:  # a run that ends removes it
+        return []
 
 
 def newest_step(folder: Path) -> int:
