@@ -55,7 +55,7 @@ def picture(recalls: Sequence[Recall]) -> Picture:
     tasks = dict.fromkeys(row["task"] for recall in recalls for row in recall.rows if row.get("recovered") is not None)
     below = dict.fromkeys(tasks, "") | {task: "kept keys" for task in [*tasks][-1:]}
     panels = [Panel("recovered recall", list(_curves(task, recalls)), task, below[task], log_y=False) for task in tasks]
-    return Picture(panels, "bars: 95% intervals over documents", stacked=True)
+    return Picture(panels, "bars: 95% intervals over documents", share_y=True, stacked=True)
 
 
 def _curves(task: str, recalls: Sequence[Recall]) -> Iterable[Curve]:
