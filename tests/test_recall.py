@@ -28,7 +28,7 @@ from kv_compression.reporting import collecting, remembering, writing
 from kv_compression.spans.exact import exact_spans
 from tests.conftest import write_tiny_model
 from tests.models import random_model
-from tests.runs import KV, call_script, make_run, write_texts
+from tests.runs import KV, call_script, make_run, write_texts, write_tied_model
 
 CL, CR = 1, 2
 
@@ -393,3 +393,19 @@ def test_a_learning_curve_asks_the_adapters_that_a_run_kept(tmp_path, monkeypatc
     assert not list(ownership.others(tmp_path / "run", ["run.lock"]))
     make_run(tmp_path / "run", model, **KV)  # another run leaves none of them there
     assert not list((tmp_path / "run").rglob("step_*/adapter_model.safetensors"))
+
+
+def test_an_adapter_of_a_model_with_tied_embeddings_is_scored_as_it_was(tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path / "run", write_tied_model(tmp_path / "model"), **KV)
+    flags = ["run_clm.py", "--eval_only", "--model_dir", folder, "--test_file", str(tmp_path / "test.jsonl")]
+    flags += ["--output_dir", str(tmp_path / "again")]
+    status, _, errors = call_script(run_clm.main, flags, monkeypatch, capsys)
+    assert (status, errors) == (0, [])
+    trained, again = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again"))
+    assert again["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-6)
+
+    other = make_run(tmp_path / "other" / "run", write_tied_model(tmp_path / "other" / "model"), **KV | {"r": 4})
+    (Path(folder) / "adapter_model.safetensors").write_bytes((Path(other) / "adapter_model.safetensors").read_bytes())
+    flags[-1] = str(tmp_path / "wrong")
+    status, _, errors = call_script(run_clm.main, flags, monkeypatch, capsys)
+    assert status == 1 and "the adapter in" in errors[0] and "cannot be loaded" in errors[0]

@@ -121,8 +121,9 @@ def load_adapter(model: peft.PeftModel, folder: str) -> None:
     try:
         weights = load_file(Path(folder) / ADAPTER_FILE)
         found = peft.set_peft_model_state_dict(model, weights)
-        missing = [name for name in found.missing_keys if "lora_" in name or "trainable_tokens" in name]
-        if found.unexpected_keys or missing:
+        # Parameters that are shared, as the rows of a tied output embedding are, stand in the file once.
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        if found.unexpected_keys or trained & set(found.missing_keys):
             raise ValueError("it is of another model")
     except Exception as error:  # the loader raises whatever its parsers do
         raise RunError(f"the adapter in {folder} cannot be loaded: {one_line(error)}") from error
