@@ -373,10 +373,8 @@ def resolve(explicit: dict) -> Settings:
     given = {name: value for name, value in explicit.items() if value is not None}
     if given.get("model_dir"):
         recorded = recorded_in(given["model_dir"], set(ABOUT), given)
-        if (
-            recorded.get("recipe") == "best"
-            and given.get("bound_ratio", recorded["bound_ratio"]) != recorded["bound_ratio"]
-        ):
+        trained_at = recorded["bound_ratio"]
+        if recorded.get("recipe") == "best" and given.get("bound_ratio", trained_at) != trained_at:
             recorded.pop("recent_tokens", None)  # the recipe's window follows from the ratio
         given = recorded | given
     preset, reason = choose_preset(given.pop("preset", "auto"))

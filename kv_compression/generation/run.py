@@ -29,10 +29,10 @@ from kv_compression.methods import METHODS, rule_of
 from kv_compression.methods.full_attention import FullAttention
 from kv_compression.methods.rule import Rule
 from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN, unended
-from kv_compression.settings import OPTIONS_OF_METHODS, Settings
+from kv_compression.settings import Settings
 from kv_compression.spans.plan import plan_of
 from kv_compression.spans.self_information import informant
-from kv_compression.training.loading import load_model, load_run
+from kv_compression.training.loading import load_model, load_run, under_method
 
 
 def generate(request: GenerationRequest) -> str:
@@ -131,18 +131,14 @@ def prepare(request: GenerationRequest) -> Work:
 
 
 def settings_for(request: GenerationRequest, trained: Settings) -> Settings:
-    """The run's settings, with the method, ratio, spans and seed that are asked for.
-
-    Another method than the run's has none of the run's options.
-    """
+    """The run's settings, with the method, ratio, spans and seed that are asked for."""
     method = request.method or trained.method
     ratio = 0.0 if method == FullAttention.name else trained.bound_ratio
     ratio = ratio if request.bound_ratio is None else request.bound_ratio
     longest = request.max_span_length or trained.max_span_length
-    changes = {"method": method, "bound_ratio": ratio, "max_span_length": longest, "seed": request.seed}
-    if method != trained.method:
-        changes |= {name: getattr(Settings, name) for name in OPTIONS_OF_METHODS}
-    return replace(trained, **changes, isolate_documents=False, position_ids_by_document=False)
+    changes = {"bound_ratio": ratio, "max_span_length": longest, "seed": request.seed}
+    changes |= {"isolate_documents": False, "position_ids_by_document": False}
+    return replace(under_method(trained, method), **changes)
 
 
 def read_documents(request: GenerationRequest, preset: str) -> list[Document]:

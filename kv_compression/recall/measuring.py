@@ -81,19 +81,21 @@ def have_left(rule: Rule, document: list[int], question: Question) -> list[bool]
     `document` is marked; `question.needed` counts text tokens.
     """
     ids = torch.tensor([document + question.ids])
-    text = rule.text(ids)[0].nonzero().flatten()
-    first, last = question.needed
-    return (~rule.mask(ids)[0, -1, text[first : last + 1]]).tolist()
+    return (~rule.mask(ids)[0, -1, _needed_places(rule, document, question)]).tolist()
 
 
 def without(rule: Rule, document: list[int], question: Question, gone: list[bool]) -> list[int]:
     """The marked document with something else in place of those tokens of the answer that had left."""
     changed = list(document)
-    text = rule.text(torch.tensor([document]))[0].nonzero().flatten()
-    first, last = question.needed
-    for place, other, left in zip(text[first : last + 1].tolist(), question.other, gone):
+    for place, other, left in zip(_needed_places(rule, document, question).tolist(), question.other, gone):
         changed[place] = other if left else changed[place]
     return changed
+
+
+def _needed_places(rule: Rule, document: list[int], question: Question) -> Tensor:
+    """Where in a marked document the tokens stand that answer the question, long."""
+    first, last = question.needed
+    return rule.text(torch.tensor([document]))[0].nonzero().flatten()[first : last + 1]
 
 
 def _judge(logits: Tensor, questions: Sequence[Question], kept: list[int]) -> Answers:

@@ -26,8 +26,8 @@ from kv_compression.model.vocabulary import CL_TOKEN, CR_TOKEN
 from kv_compression.recall import measuring, plotting, scores
 from kv_compression.recall.request import RecallRequest
 from kv_compression.recall.tasks import TASKS, Example, Source, examples
-from kv_compression.settings import EMBEDDED, OPTIONS_OF_METHODS, Settings
-from kv_compression.training.loading import load_model, load_run
+from kv_compression.settings import EMBEDDED, Settings
+from kv_compression.training.loading import load_model, load_run, under_method
 
 LINES, SUMMARY = "recall.jsonl", "recall.json"
 OF_A_LINE = ("ratio", "index", "length", "depth", "distance", "left", "answer_tokens", "nats")
@@ -43,11 +43,9 @@ def measure_recall(request: RecallRequest) -> str:
     ownership.check(paths, request.owner, instead="name another folder with --output_dir")
     model, tokenizer, settings, named = load(request)
     source = Source(read_text(request, tokenizer), tokenizer)
-    most = positions_of(model.config)
-    if most is not None and max(request.asked_lengths()) + 128 > most:
-        raise UsageError(
-            f"--lengths {max(request.asked_lengths())}: a question does not fit the model's {most} positions"
-        )
+    most, longest = positions_of(model.config), max(request.asked_lengths())
+    if most is not None and longest + 128 > most:
+        raise UsageError(f"--lengths {longest}: a question does not fit the model's {most} positions")
     about = describe(request, settings, named, str(model.dtype), source)
     asked = [(ratio, task) for ratio in request.asked_ratios(settings.bound_ratio) for task in request.tasks]
     lines = read_lines(request, about, asked)
@@ -88,12 +86,12 @@ def load(request: RecallRequest):
 
 
 def settings_for(request: RecallRequest, trained: Settings) -> Settings:
-    """The run's settings with what the request changes. Another method than the run's has none of the run's options."""
-    asked = {name: getattr(request, name) for name in ("method", "sink_tokens", "max_span_length")}
+    """The run's settings with what the request changes; under another method than the run's the ratio is 0."""
+    method = request.method or trained.method
+    asked = {name: getattr(request, name) for name in ("sink_tokens", "max_span_length")}
     changes = {name: value for name, value in asked.items() if value is not None}
-    if changes.get("method", trained.method) != trained.method:
-        changes = {name: getattr(Settings, name) for name in OPTIONS_OF_METHODS} | {"bound_ratio": 0.0} | changes
-    settings = replace(trained, protocol="matched", lowest_bound_ratio=None, **changes)
+    changes |= {} if method == trained.method else {"bound_ratio": 0.0}
+    settings = replace(under_method(trained, method), protocol="matched", lowest_bound_ratio=None, **changes)
     settings.check(in_blocks=False)
     return settings
 
@@ -116,15 +114,14 @@ def ask(model, rule: Rule, settings: Settings, ratio: float, task: str, source: 
     """The answers to a task at one ratio, a dictionary for each document. UsageError if the ratio cannot be had."""
     strict = request.max_span_length is not None
     spans = api.SpanLengths(settings.max_span_length, settings.span_sampler == "shortest", strict)
+    found = []
     try:
-        found = [
-            (index, length, example, api.mark(example.document, rule, ratio, spans, [request.seed, index]))
-            if ratio
-            else (index, length, example, example.document)
-            for index, (length, example) in enumerate(
-                examples(task, source, request.asked_lengths(), request.documents, request.seed)
-            )
-        ]
+        for index, (length, example) in enumerate(
+            examples(task, source, request.asked_lengths(), request.documents, request.seed)
+        ):
+            document = example.document
+            marked = api.mark(document, rule, ratio, spans, [request.seed, index]) if ratio else document
+            found.append((index, length, example, marked))
     except ValueError as error:
         raise UsageError(f"{task} at ratio {ratio:g}: {error}") from error
     for start in range(0, len(found), request.batch_size):

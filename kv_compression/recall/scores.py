@@ -6,9 +6,23 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kv_compression.io.tables import estimate, figure, percent, text_table
+from kv_compression.io.tables import Columns, estimate, figure, percent, text_table
 
 RESAMPLES = 2000
+
+
+# How a row of the summary is shown, in every table of it.
+CELLS: Columns = {
+    "task": lambda row: row["task"],
+    "ratio": lambda row: f"{row['ratio']:g}",
+    "kept": lambda row: figure(row["kept"], 1),
+    "none": lambda row: figure(row.get("none")),
+    "nats": lambda row: figure(row.get("nats")),
+    "full": lambda row: figure(row.get("full")),
+    "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
+    "exact": lambda row: percent(row.get("exact")),
+    "exact_full": lambda row: percent(row.get("exact_full")),
+}
 
 
 def recovered(none, nats, full) -> float:
@@ -77,24 +91,24 @@ def as_table(rows: list[dict]) -> str:
     asked = [row for row in rows if row["task"] != "ask_many"]
     many = [row for row in rows if row["task"] == "ask_many"]
     columns = {
-        "task": lambda row: row["task"],
-        "ratio": lambda row: f"{row['ratio']:g}",
+        "task": CELLS["task"],
+        "ratio": CELLS["ratio"],
         "tokens": lambda row: str(row["length"]),
-        "kept": lambda row: figure(row["kept"], 1),
+        "kept": CELLS["kept"],
         "left": lambda row: f"{row['left']}/{row['documents']}",
         "whole": lambda row: str(row.get("whole", 0)),
-        "none": lambda row: figure(row.get("none")),
-        "method": lambda row: figure(row.get("nats")),
-        "full": lambda row: figure(row.get("full")),
-        "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
-        "exact": lambda row: percent(row.get("exact")),
-        "exact full": lambda row: percent(row.get("exact_full")),
+        "none": CELLS["none"],
+        "method": CELLS["nats"],
+        "full": CELLS["full"],
+        "recovered": CELLS["recovered"],
+        "exact": CELLS["exact"],
+        "exact full": CELLS["exact_full"],
     }
     parts = [text_table(columns, asked)] if asked else []
     if many:
         of_many = {
-            "task": lambda row: row["task"],
-            "ratio": lambda row: f"{row['ratio']:g}",
+            "task": CELLS["task"],
+            "ratio": CELLS["ratio"],
             "s, one cache": lambda row: figure(row["seconds"]),
             "s, read again": lambda row: figure(row["seconds_alone"]),
             "KiB held": lambda row: figure(row["bytes"] / 1024, 0),

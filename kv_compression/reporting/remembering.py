@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from kv_compression.io.tables import estimate, figure, markdown_table, percent
+from kv_compression.io.tables import figure, markdown_table
 from kv_compression.methods import METHODS
+from kv_compression.recall.scores import CELLS
 from kv_compression.reporting.collecting import Recall, label
 from kv_compression.reporting.drawing import GREY, Curve, Panel, Picture
 
@@ -35,17 +36,17 @@ def table(recalls: Sequence[Recall]) -> str:
     rows = [{"name": name_of(recall, recalls)} | row for recall in recalls for row in recall.rows if "kept" in row]
     columns = {
         "method": lambda row: row["name"],
-        "task": lambda row: row["task"],
-        "ratio": lambda row: f"{row['ratio']:g}",
+        "task": CELLS["task"],
+        "ratio": CELLS["ratio"],
         "tokens": lambda row: figure(row.get("length"), 0),
-        "kept keys": lambda row: figure(row["kept"], 1),
+        "kept keys": CELLS["kept"],
         "had left": lambda row: f"{row['left']} of {row['documents']}",
-        "none": lambda row: figure(row.get("none")),
-        "method's nats": lambda row: figure(row.get("nats")),
-        "full": lambda row: figure(row.get("full")),
-        "recovered": lambda row: estimate(row.get("recovered"), row.get("low"), row.get("high"), 2),
-        "exact": lambda row: percent(row.get("exact")),
-        "exact in full": lambda row: percent(row.get("exact_full")),
+        "none": CELLS["none"],
+        "method's nats": CELLS["nats"],
+        "full": CELLS["full"],
+        "recovered": CELLS["recovered"],
+        "exact": CELLS["exact"],
+        "exact in full": CELLS["exact_full"],
     }
     return markdown_table(columns, rows)
 

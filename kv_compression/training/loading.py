@@ -22,7 +22,7 @@ from kv_compression.methods import METHODS
 from kv_compression.model.architectures import positions_of
 from kv_compression.model.attention import FLEX, SORTED_FLEX
 from kv_compression.model.vocabulary import add_sentinels
-from kv_compression.settings import EMBEDDED, Settings
+from kv_compression.settings import EMBEDDED, OPTIONS_OF_METHODS, Settings
 
 ADAPTER = ("adapter_config.json", ADAPTER_FILE)
 
@@ -139,6 +139,12 @@ def recorded_settings(results: dict, folder: str) -> Settings:
     except (TypeError, ValueError) as error:
         raise RunError(f"the settings in {folder}/results.json are damaged: {one_line(error)}") from error
     return settings
+
+
+def under_method(trained: Settings, method: str) -> Settings:
+    """A run's settings under a method; another than the run's has none of the run's options."""
+    others = {} if method == trained.method else {name: getattr(Settings, name) for name in OPTIONS_OF_METHODS}
+    return replace(trained, **others | {"method": method})
 
 
 HALVES = {torch.float16, torch.bfloat16}
